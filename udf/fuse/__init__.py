@@ -1,0 +1,1 @@
+"""The FUSE wire: numbers, structures, notifications, the device's ioctls, mounting. No policy."""

@@ -1,0 +1,48 @@
+"""What the shim counts. A cache hit is a request that was answered with no round trip to the driver."""
+
+from __future__ import annotations
+
+
+class Counters:
+    """Plain integers, read by the supervisor; the hot path adds to them in place."""
+
+    __slots__ = (
+        "attr_hits",
+        "driver_faults",
+        "driver_round_trips",
+        "interrupts",
+        "listing_hits",
+        "local_answers",
+        "name_hits",
+        "negative_hits",
+        "notifications",
+        "open_hits",
+        "requests",
+        "spins",
+        "spins_won",
+        "statfs_hits",
+        "timeouts",
+    )
+
+    def __init__(self) -> None:
+        self.attr_hits = 0
+        self.driver_faults = 0
+        self.driver_round_trips = 0
+        self.interrupts = 0
+        self.listing_hits = 0
+        self.local_answers = 0
+        self.name_hits = 0
+        self.negative_hits = 0
+        self.notifications = 0
+        self.open_hits = 0
+        self.requests = 0
+        self.spins = 0
+        self.spins_won = 0
+        self.statfs_hits = 0
+        self.timeouts = 0
+
+    def snapshot(self) -> dict[str, int]:
+        """Return all counts, and `cache_hits`, the sum of the hits."""
+        counts: dict[str, int] = {name: getattr(self, name) for name in self.__slots__}
+        counts["cache_hits"] = sum(count for name, count in counts.items() if name.endswith("_hits"))
+        return counts

@@ -1,0 +1,252 @@
+"""The event loop: reads the kernel's requests, the driver's messages and the supervisor's, and sleeps as little as it can.
+
+Owns: the epoll set, the spinning, the clock. One request costs two wake-ups of a sleeping CPU if the loop sleeps between
+them, which is more than all the work in it; so it may look again for a bounded moment before it sleeps, as long as that
+has lately been worth it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import sys
+import threading
+import traceback
+from time import monotonic
+from typing import Any
+
+from udf.fuse.mount import MountError, unmount
+from udf.fuse.structs import IN_HEADER
+from udf.shim import replies
+from udf.shim.control import Control, SupervisorGone
+from udf.shim.link import LinkClosed
+from udf.shim.requests import HANDLERS
+from udf.shim.service import Service
+from udf.shim.spin import Spin
+from udf.shim.trace import Tracer
+
+REQUEST_BUFFER = 128 * 1024 + 8192  # the kernel wants at least max_write + 80 and 8192
+_HEARTBEAT = 1.0
+_TICK = 0.05  # how often deadlines of interrupted requests are looked at
+_BROKEN_AFTER = 1.0  # seconds that the rest of a reply in several packets is waited for
+_IN, _OUT, _HUP, _ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
+
+
+class Unmounted(Exception):
+    """The kernel has let go of the mount."""
+
+
+class Loop:
+    """Serves one mount until it is unmounted."""
+
+    def __init__(self, service: Service, control: Control, spin: Spin) -> None:
+        self.s = service
+        self.control = control
+        self._spin = spin
+        self._buffer = bytearray(REQUEST_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._buffers = [self._buffer]
+        self._epoll = select.epoll()
+        self._epoll.register(service.device, _IN)
+        self._epoll.register(service.link.fd, _IN)
+        self._epoll.register(control.fd, _IN)
+        self._wake, self._waker = os.pipe()
+        self._epoll.register(self._wake, _IN)
+        self._unmounting: threading.Thread | None = None
+        self._unmount_lazily = False
+        self._asked_to_unmount = False
+        self._unmount_error: MountError | None = None
+        self._broken_at = 0.0
+        self._handlers = [HANDLERS.get(op) for op in range(max(HANDLERS) + 1)]
+        service.tell = self.tell
+
+    def tell(self, message: dict[str, object]) -> None:
+        """Send a message to the supervisor; without one there is nobody to tell, and the loop will see that."""
+        try:
+            self.control.send(message)
+        except SupervisorGone:
+            pass
+
+    def wants_writable(self, wanted: bool) -> None:
+        """Have the link's queue flushed when the socket takes more."""
+        self._epoll.modify(self.s.link.fd, _IN | _OUT if wanted else _IN)
+
+    def run(self) -> None:
+        """Serve. Raises SupervisorGone; returns when the mount is gone."""
+        s = self.s
+        poll = self._epoll.poll
+        spin = self._spin
+        device, link = s.device, s.link.fd
+        next_beat = 0.0
+        forgets = s.nodes.forgets
+        try:
+            while True:
+                events = spin.poll(poll) if spin.wanted else None
+                if not events:
+                    timeout = _TICK if s.interrupted or s.link.incomplete else _HEARTBEAT
+                    events = poll(timeout)
+                for fd, event in events:
+                    if fd == device:
+                        self._from_kernel()
+                        spin.worked(s.waiting)
+                    elif fd == link:
+                        self._from_driver(event)
+                        spin.worked(s.waiting)
+                    elif fd == self.control.fd:
+                        self._from_supervisor()
+                    else:
+                        self._unmount_ended()
+                if forgets:
+                    s.link.send_forgets(forgets)
+                now = monotonic()
+                if now >= next_beat or s.interrupted or s.link.incomplete:
+                    self._tick(now)
+                    if now >= next_beat:
+                        next_beat = now + _HEARTBEAT
+                        self.tell({"t": "heartbeat"})
+        except Unmounted:
+            return
+
+    def _tick(self, now: float) -> None:
+        s = self.s
+        s.check_time(now)
+        if s.link.incomplete:
+            self._broken_at = self._broken_at or now + _BROKEN_AFTER
+            if now >= self._broken_at:
+                replies.give_up_broken(s, s.link)
+        if not s.link.incomplete:
+            self._broken_at = 0.0
+        if s.tracer is not None and s.tracer.closed:
+            self._trace(None)
+        s.counters.spins, s.counters.spins_won = self._spin.spins, self._spin.won
+
+    def _from_kernel(self) -> None:
+        try:
+            size = os.readv(self.s.device, self._buffers)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOENT):
+                return  # nothing there, or the request was taken back while it was being read
+            if error.errno == errno.ENODEV:
+                raise Unmounted from None
+            raise
+        _, op, unique, node_id, _, _, _, _ = IN_HEADER.unpack_from(self._buffer)
+        self.dispatch(op, unique, node_id, self._view[:size])
+
+    def dispatch(self, op: int, unique: int, node_id: int, message: memoryview) -> None:
+        """Handle one request of the kernel's; it is answered whatever goes wrong in here."""
+        s = self.s
+        s.counters.requests += 1
+        if s.tracer is not None:
+            s.tracer.requested(op, unique, node_id, message)
+        handler = self._handlers[op] if op < len(self._handlers) else None
+        if handler is None:
+            s.answer_error(unique, errno.ENOSYS)
+            return
+        try:
+            handler(s, unique, node_id, message)
+        except LinkClosed as closed:
+            self._lose_link(str(closed))
+            if s.waiting.pop(unique, None) is not None:
+                s.answer_error(unique, errno.EIO)
+        except Exception:
+            traceback.print_exc()
+            s.waiting.pop(unique, None)
+            s.answer_error(unique, errno.EIO)
+
+    def _from_driver(self, event: int) -> None:
+        s = self.s
+        link = s.link
+        if event & _OUT:
+            link.flush()
+        if not event & (_IN | _HUP | _ERR):
+            return
+        try:
+            size = link.receive(s.waiting)
+            if size:
+                replies.on_message(s, link, size)
+        except LinkClosed as closed:
+            self._lose_link(str(closed))
+        except Exception:  # ours: whoever waits for this reply meets its deadline
+            traceback.print_exc()
+
+    def _lose_link(self, reason: str) -> None:
+        if self.s.alive:
+            self._epoll.unregister(self.s.link.fd)
+            self.s.link_lost(reason)
+
+    def _from_supervisor(self) -> None:
+        message, fds = self.control.receive()
+        kind = message.get("t")
+        if kind == "trace":
+            self._trace(fds.pop(0) if message.get("on") and fds else None)
+        elif kind == "unmount":
+            self._start_unmount(bool(message.get("lazy")))
+        elif kind == "counters":
+            self.tell({"t": "counters", "id": message.get("id", 0), "counters": self.counters()})
+        for fd in fds:
+            os.close(fd)
+
+    def counters(self) -> dict[str, Any]:
+        """Return the counters and the sizes of the tables."""
+        s = self.s
+        counts: dict[str, Any] = dict(s.counters.snapshot())
+        counts.update(
+            nodes=len(s.nodes),
+            handles=len(s.handles),
+            waiting=len(s.waiting) + len(s.tasks),
+            late=len(s.late),
+            kernel_lookups=s.nodes.total_lookups(),
+            driver_lookups=s.nodes.total_driver_lookups(),
+        )
+        return counts
+
+    def _trace(self, fd: int | None) -> None:
+        if self.s.tracer is not None:
+            self.s.tracer.close()
+        self.s.tracer = None if fd is None else Tracer(fd, self.s.nodes)
+
+    # ---- unmounting: the thread waits in the kernel while the loop answers what that asks
+
+    def _start_unmount(self, lazy: bool) -> None:
+        if self._unmounting is not None:
+            return
+        self._asked_to_unmount = True
+        self._unmount_lazily = lazy
+        self._unmounting = threading.Thread(target=self._unmount, args=(lazy,), name="unmount", daemon=True)
+        self._unmounting.start()
+
+    def _unmount(self, lazy: bool) -> None:
+        self._unmount_error = None
+        try:
+            unmount(self.s.config.mountpoint, lazy=lazy)
+        except MountError as error:
+            self._unmount_error = error
+        os.write(self._waker, b"u")
+
+    def _unmount_ended(self) -> None:
+        os.read(self._wake, 16)
+        if self._unmounting is not None:
+            self._unmounting.join()
+        self._unmounting = None
+        error = self._unmount_error
+        if error is None:
+            if self._unmount_lazily:
+                self.tell({"t": "detached"})
+            return  # ENODEV on the device follows, at once or when the last file is closed
+        self._asked_to_unmount = False
+        if error.errno == errno.EBUSY:
+            self.tell({"t": "busy"})
+        elif error.errno in (errno.EINVAL, errno.ENOENT):
+            print(f"udf-shim: {error}; it is not there any more", file=sys.stderr)
+        else:
+            self.tell({"t": "busy", "error": str(error)})
+
+    def terminate(self) -> None:
+        """SIGTERM: unmount, lazily if it is in use."""
+        self._start_unmount(lazy=True)
+
+    @property
+    def external(self) -> bool:
+        """Whether the mount went without our doing."""
+        return not self._asked_to_unmount

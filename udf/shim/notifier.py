@@ -1,0 +1,204 @@
+"""Notifications: from the driver, with its ids made the kernel's, to the kernel, from a thread of their own.
+
+The loop must never write one: INVAL_INODE waits for pages that a READ in flight holds, INVAL_ENTRY for a directory that a
+CREATE in flight has locked, and only the loop can answer those. The queue is bounded without losing an invalidation:
+several of one node become one of the whole node, and when even that is too much every name is expired at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from udf.fuse.device import (
+    notify_delete,
+    notify_inc_epoch,
+    notify_inval_entry,
+    notify_inval_inode,
+    notify_poll,
+    notify_retrieve,
+    notify_store,
+)
+from udf.fuse.flags import EntryExpire
+from udf.fuse.opcodes import Notify
+from udf.fuse.structs import (
+    NOTIFY_DELETE_OUT,
+    NOTIFY_INVAL_ENTRY_OUT,
+    NOTIFY_INVAL_INODE_OUT,
+    NOTIFY_POLL_WAKEUP_OUT,
+    NOTIFY_RETRIEVE_OUT,
+    NOTIFY_STORE_OUT,
+)
+
+if TYPE_CHECKING:
+    from udf.shim.service import Service
+
+_LIMIT = 4096  # notifications waiting; nodes and names beyond it are merged
+_STORE_LIMIT = 4 << 20  # bytes of data waiting for the page cache; beyond it data is dropped and the range invalidated
+
+
+class Notifier:
+    """The queue and its thread. `close` ends the thread once it is not inside the kernel."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._condition = threading.Condition()
+        self._waiting: dict[object, bytes] = {}
+        self._stored = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
+        self._thread.start()
+
+    def from_driver(self, s: Service, code: int, body: memoryview) -> None:
+        """Check one notification of the driver's, note what it changes, queue it."""
+        s.counters.notifications += 1
+        translate = _TRANSLATE.get(code)
+        if translate is None:
+            s.fault(0, "notification", f"a notification that drivers do not send (code {code})")
+            return
+        try:
+            queued = translate(s, body)
+        except ValueError as error:
+            s.fault(0, "notification", f"a malformed notification (code {code}): {error}")
+            return
+        if queued is not None:
+            self._put(*queued)
+
+    def _put(self, key: object, message: bytes) -> None:
+        with self._condition:
+            if len(message) > _STORE_BIG:
+                self._stored += len(message)
+            if (len(self._waiting) >= _LIMIT and key not in self._waiting) or self._stored > _STORE_LIMIT:
+                self._merge()
+            self._waiting[key] = message
+            self._condition.notify()
+
+    def _merge(self) -> None:
+        """Replace everything that waits by less that invalidates more."""
+        nodes = {key[1] for key in self._waiting if isinstance(key, tuple) and key[0] in ("inode", "store")}
+        self._waiting = {("inode", node): notify_inval_inode(node) for node in nodes}
+        self._waiting["epoch"] = notify_inc_epoch()
+        self._stored = 0
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._waiting and not self._closed:
+                    self._condition.wait()
+                if self._closed:
+                    return
+                key = next(iter(self._waiting))
+                message = self._waiting.pop(key)
+                if len(message) > _STORE_BIG:
+                    self._stored = max(0, self._stored - len(message))
+            try:
+                os.write(self._device, message)
+            except OSError:
+                continue  # the kernel does not know the node or the name (ENOENT), or is too old for the code (EINVAL)
+
+    def close(self) -> None:
+        """End the thread; what waits is dropped, because the mount is gone."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+
+_STORE_BIG = 1024
+Queued = tuple[object, bytes] | None
+
+
+def _exactly(body: memoryview, size: int) -> None:
+    if len(body) != size:
+        raise ValueError(f"{len(body)} bytes instead of {size}")
+
+
+def _name(body: memoryview, start: int, length: int) -> bytes:
+    name = bytes(body[start : start + length])
+    if len(body) != start + length + 1 or body[-1] or not name or b"/" in name or b"\0" in name:
+        raise ValueError("a bad name")
+    return name
+
+
+def _inval_inode(s: Service, body: memoryview) -> Queued:
+    _exactly(body, NOTIFY_INVAL_INODE_OUT.size)
+    driver_id, offset, length = NOTIFY_INVAL_INODE_OUT.unpack_from(body)
+    slot = s.nodes.by_driver(driver_id)
+    if not slot:
+        return None
+    s.nodes.touch(slot)
+    node = s.nodes.node_id(slot)
+    if offset >= 0:
+        return ("inode", node), notify_inval_inode(node)  # the whole file: two ranges of one node become one
+    return ("attributes", node), notify_inval_inode(node, -1, 0)
+
+
+def _inval_entry(s: Service, body: memoryview) -> Queued:
+    if len(body) < NOTIFY_INVAL_ENTRY_OUT.size:
+        raise ValueError("too short")
+    driver_id, length, flags = NOTIFY_INVAL_ENTRY_OUT.unpack_from(body)
+    name = _name(body, NOTIFY_INVAL_ENTRY_OUT.size, length)
+    parent = s.nodes.by_driver(driver_id)
+    if not parent:
+        return None
+    s.nodes.expire(parent, name)
+    s.nodes.touch(parent)
+    node = s.nodes.node_id(parent)
+    expire = bool(flags & int(EntryExpire.EXPIRE_ONLY))
+    return ("entry", node, name), notify_inval_entry(node, name, expire_only=expire)
+
+
+def _delete(s: Service, body: memoryview) -> Queued:
+    if len(body) < NOTIFY_DELETE_OUT.size:
+        raise ValueError("too short")
+    parent_id, child_id, length = NOTIFY_DELETE_OUT.unpack_from(body)
+    name = _name(body, NOTIFY_DELETE_OUT.size, length)
+    parent, child = s.nodes.by_driver(parent_id), s.nodes.by_driver(child_id)
+    if not parent:
+        return None
+    s.nodes.expire(parent, name)
+    s.nodes.touch(parent)
+    node = s.nodes.node_id(parent)
+    if not child:
+        return ("entry", node, name), notify_inval_entry(node, name)
+    return ("entry", node, name), notify_delete(node, s.nodes.node_id(child), name)
+
+
+def _store(s: Service, body: memoryview) -> Queued:
+    if len(body) < NOTIFY_STORE_OUT.size:
+        raise ValueError("too short")
+    driver_id, offset, size = NOTIFY_STORE_OUT.unpack_from(body)
+    if len(body) != NOTIFY_STORE_OUT.size + size:
+        raise ValueError("its data is not as long as it says")
+    slot = s.nodes.by_driver(driver_id)
+    if not slot:
+        return None
+    s.nodes.touch(slot)
+    node = s.nodes.node_id(slot)
+    return ("store", node, offset), notify_store(node, offset, body[NOTIFY_STORE_OUT.size :])
+
+
+def _retrieve(s: Service, body: memoryview) -> Queued:
+    _exactly(body, NOTIFY_RETRIEVE_OUT.size)
+    notify_unique, driver_id, offset, size = NOTIFY_RETRIEVE_OUT.unpack_from(body)
+    slot = s.nodes.by_driver(driver_id)
+    if not slot:
+        return None
+    return ("retrieve", notify_unique), notify_retrieve(notify_unique, s.nodes.node_id(slot), offset, size)
+
+
+def _poll(s: Service, body: memoryview) -> Queued:
+    _exactly(body, NOTIFY_POLL_WAKEUP_OUT.size)
+    (kernel_handle,) = NOTIFY_POLL_WAKEUP_OUT.unpack_from(body)
+    return ("poll", kernel_handle), notify_poll(kernel_handle)
+
+
+_TRANSLATE: dict[int, Callable[[Service, memoryview], Queued]] = {
+    Notify.POLL: _poll,
+    Notify.INVAL_INODE: _inval_inode,
+    Notify.INVAL_ENTRY: _inval_entry,
+    Notify.STORE: _store,
+    Notify.RETRIEVE: _retrieve,
+    Notify.DELETE: _delete,
+}

@@ -1,0 +1,128 @@
+"""Requests that take several steps at the driver, as generators that yield what they ask and are sent the answers.
+
+Each ends by forwarding or answering its kernel request, or raises Refuse. They run in the loop, so nothing in them
+waits; between two yields the shim's state may have changed.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from udf.fuse.flags import Fattr
+from udf.fuse.opcodes import Opcode
+from udf.fuse.structs import IN_HEADER, OPEN_IN, OPEN_OUT, SETATTR_IN
+from udf.shim import requests
+from udf.shim.handles import Handle
+from udf.shim.inflight import Ask, Refuse, Steps, Wait
+
+if TYPE_CHECKING:
+    from udf.shim.service import Service
+
+
+def caller(request: bytes) -> tuple[int, int, int]:
+    """Return (uid, gid, pid) of the program that made *request*."""
+    fields = IN_HEADER.unpack_from(request)
+    return fields[4], fields[5], fields[6]
+
+
+def unopened(s: Service, slot: int) -> list[Handle]:
+    """Return the open file handles of *slot* that the driver has not been told of."""
+    return [handle for handle in s.handles.of(slot) if handle.driver_handle is None and not handle.is_dir]
+
+
+def post(s: Service, op: int, driver_id: int, body: bytes, request: bytes) -> None:
+    """Send a request whose answer changes nothing."""
+    s.ask(Ask(op, driver_id, body, caller(request)), None)
+
+
+def open_handle(s: Service, handle: Handle, request: bytes) -> Steps:
+    """Open *handle* at the driver, if nobody has; several tasks may want it at once. Raises Refuse."""
+    while handle.driver_handle is None:
+        if handle.opening:
+            yield Wait(handle.number)
+            continue
+        handle.opening = True
+        try:
+            op = Opcode.OPENDIR if handle.is_dir else Opcode.OPEN
+            body = OPEN_IN.pack(handle.flags & ~requests.STRIPPED, 0)
+            error, reply = yield Ask(op, s.nodes.driver_id[handle.slot], body, caller(request))
+        finally:
+            handle.opening = False
+        if error == errno.ENOSYS:
+            handle.driver_handle = 0  # a driver without open: its handle means nothing
+        elif error:
+            s.opened(handle)
+            raise Refuse(error)
+        elif len(reply) != OPEN_OUT.size:
+            s.fault(op, "length", f"an answer of {len(reply)} bytes instead of {OPEN_OUT.size}")
+            s.opened(handle)
+            raise Refuse(errno.EIO)
+        else:
+            handle.driver_handle = OPEN_OUT.unpack_from(reply)[0]
+        if s.handles.get(handle.number) is not handle:  # closed while we waited
+            s.post_release(handle)
+            raise Refuse(errno.EBADF)
+        s.opened(handle)
+
+
+def again(s: Service, unique: int, node_id: int, request: bytes) -> None:
+    """Handle a kernel request once more, now that what it needs is there."""
+    if s.tasks.pop(unique, None) is None:
+        return  # answered meanwhile: interrupted, or past its deadline
+    s.interrupted.pop(unique, None)
+    message = memoryview(bytearray(request))
+    requests.HANDLERS[IN_HEADER.unpack_from(request)[1]](s, unique, node_id, message)
+
+
+def open_then_again(s: Service, unique: int, node_id: int, request: bytes, handle: Handle) -> Steps:
+    """Open the driver's handle, then go on with the request."""
+    yield from open_handle(s, handle, request)
+    again(s, unique, node_id, request)
+
+
+def open_first(s: Service, unique: int, node_id: int, request: bytes, target: int) -> Steps:
+    """Open all handles of a node whose name is about to go, then go on."""
+    for handle in unopened(s, target):
+        try:
+            yield from open_handle(s, handle, request)
+        except Refuse:
+            continue  # its reads will fail for that handle alone; removing the name is not its business
+    if s.tasks.pop(unique, None) is None:
+        return
+    message = memoryview(bytearray(request))
+    if message[4] == Opcode.UNLINK:
+        slot = s.nodes.slot(node_id)
+        s.forward(Opcode.UNLINK, unique, node_id, slot, message)
+    else:
+        requests.forward_rename(s, unique, node_id, message)
+
+
+def set_mode(s: Service, slot: int, mode: int) -> Steps:
+    """Have the driver set a node's permission bits. Raises Refuse."""
+    s.nodes.touch(slot)
+    values = dict.fromkeys(SETATTR_IN.fields, 0)
+    values["valid"], values["mode"] = int(Fattr.MODE), mode
+    error, _ = yield Ask(Opcode.SETATTR, s.nodes.driver_id[slot], SETATTR_IN.pack(*values.values()))
+    s.nodes.touch(slot)
+    if error:
+        raise Refuse(error)
+
+
+def kill_suid_first(s: Service, unique: int, node_id: int, request: bytes, slot: int) -> Steps:
+    """Take suid and sgid away before a write by a caller who may not keep them."""
+    mode = requests.without_suid(s.nodes.mode(slot))
+    yield from set_mode(s, slot, mode)
+    s.nodes.set_mode(slot, mode)
+    again(s, unique, node_id, request)
+
+
+def set_acl_then_kill(s: Service, unique: int, slot: int, request: bytes, body: bytes) -> Steps:
+    """Set an ACL for a caller who may not keep sgid with it."""
+    error, _ = yield Ask(Opcode.SETXATTR, s.nodes.driver_id[slot], body, caller(request))
+    if error:
+        raise Refuse(error)
+    s.nodes.touch(slot)
+    yield from set_mode(s, slot, s.nodes.mode(slot) & ~0o2000)
+    if s.tasks.pop(unique, None) is not None:
+        s.answer(unique, by="driver")
