@@ -105,7 +105,8 @@ class MountOptions:
 def mount_direct(fd: int, mountpoint: str, options: MountOptions) -> None:
     """Mount the connection `fd` with mount(2). Returns before the server has answered INIT.
 
-    A connection that is mounted already is attached at `mountpoint` too, as the same filesystem.
+    A connection that is mounted already is attached at `mountpoint` too, as the same filesystem. After an error the
+    connection may be used up (ENOTCONN from then on): open a new one to try again.
     """
     number = _system_call(
         "mount",

@@ -60,7 +60,7 @@ def connection_is_gone(mount: Mount, timeout: float) -> bool:
 
 
 def _ask(mount: Mount, timeout: float) -> int | None:
-    """The errno of statfs(2) there, 0, or None if nothing came in time."""
+    """The errno of statfs(2) there, 0, or None if nothing came in time (or nobody could be sent to ask)."""
     reader, writer = os.pipe()
     try:
         argv = [
@@ -75,9 +75,9 @@ def _ask(mount: Mount, timeout: float) -> int | None:
         ]
         until = time.monotonic() + timeout
         starter = os.posix_spawn(sys.executable, argv, {}, file_actions=actions)
-    except BaseException:
+    except OSError:
         os.close(reader)
-        raise
+        return None
     finally:
         os.close(writer)
     try:

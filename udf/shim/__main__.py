@@ -1,7 +1,8 @@
 """Start of a shim process: `python -m udf.shim FD`, FD being its control socket.
 
-Takes the `mount` message and the link, makes the two INITs, mounts, says `mounted` and serves. Every failure before that
-is one `failed` message, and nothing is left mounted. When the supervisor is gone the mount is detached and the shim ends.
+Takes the `mount` message and the link, makes the two INITs, mounts, says `mounted` and serves. Every failure before
+that is one `failed` message, and nothing is left mounted. When the supervisor is gone the mount is detached and the
+shim ends.
 """
 
 from __future__ import annotations
@@ -133,8 +134,7 @@ def start(control: Control) -> Loop:
     if message.get("t") != "mount" or len(fds) != 1:
         raise StartFailed("the first message was not a mount with a link", errno.EPROTO)
     config = Config.from_message(message)
-    loop: Loop
-    link = Link(fds[0], lambda wanted: loop.wants_writable(wanted))
+    link = Link(fds[0])
     terms = agree_with_driver(link, config)
     device = make_mount(config)
     try:

@@ -150,7 +150,7 @@ class Index:
 
 
 class Names:
-    """The name arena: each name in whole 16-byte units, freed units kept on lists by length. References are small ints."""
+    """The name arena: names in whole 16-byte units, freed ones on lists by length; a reference is an int."""
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory

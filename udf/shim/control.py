@@ -51,7 +51,7 @@ class Control:
         return message, list(descriptors)
 
     def send(self, message: dict[str, object], fds: tuple[int, ...] = ()) -> None:
-        """Send one message; a supervisor that does not read for five seconds is as good as gone. Raises SupervisorGone."""
+        """Send one message. Raises SupervisorGone, also when it has not read for five seconds."""
         data = json.dumps(message, separators=(",", ":")).encode()[:_MAX_MESSAGE]
         self._socket.settimeout(5.0)
         try:

@@ -19,6 +19,10 @@ _FORGETS_AT_ONCE = 4096
 QUEUE_LIMIT = 64 << 20  # bytes; past it the driver does not read any more and is as good as dead
 
 
+def _ignore(wanted: bool) -> None:
+    """Before the loop runs, only INIT is sent."""
+
+
 class LinkClosed(Exception):
     """The driver's end is closed."""
 
@@ -26,7 +30,7 @@ class LinkClosed(Exception):
 class Link:
     """Our end of one driver generation's link."""
 
-    def __init__(self, fd: int, wants_writable: Callable[[bool], None]) -> None:
+    def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
         self.buffer = bytearray(BUFFER_SIZE)
@@ -34,7 +38,7 @@ class Link:
         self._buffers = [self.buffer]
         self._queue: deque[bytes] = deque()
         self._queued = 0
-        self._wants_writable = wants_writable
+        self.wants_writable: Callable[[bool], None] = _ignore  # told when there is a queue to flush, or none any more
         self._partial: bytearray | None = None
 
     def send(self, message: memoryview | bytes | bytearray) -> None:
@@ -46,7 +50,7 @@ class Link:
             os.write(self.fd, message)
         except BlockingIOError:
             self._enqueue(message)
-            self._wants_writable(True)
+            self.wants_writable(True)
         except OSError:
             pass
 
@@ -69,7 +73,7 @@ class Link:
                 break
             self._queued -= len(queue.popleft())
         self._queued = 0
-        self._wants_writable(False)
+        self.wants_writable(False)
 
     def send_forgets(self, forgets: list[tuple[int, int]]) -> None:
         """Tell the driver of *forgets* (its node id, count) and empty the list."""

@@ -1,8 +1,8 @@
-"""The event loop: reads the kernel's requests, the driver's messages and the supervisor's, and sleeps as little as it can.
+"""The event loop: the kernel's requests, the driver's messages, the supervisor's; it sleeps as little as it can.
 
-Owns: the epoll set, the spinning, the clock. One request costs two wake-ups of a sleeping CPU if the loop sleeps between
-them, which is more than all the work in it; so it may look again for a bounded moment before it sleeps, as long as that
-has lately been worth it.
+Owns: the epoll set, the spinning, the clock. One request costs two wake-ups of a sleeping CPU if the loop sleeps
+between them, which is more than all the work in it; so it may look again for a bounded moment before it sleeps, as
+long as that has lately been worth it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Loop:
         self._broken_at = 0.0
         self._handlers = [HANDLERS.get(op) for op in range(max(HANDLERS) + 1)]
         service.tell = self.tell
+        service.dispatch = self.handle
+        service.link.wants_writable = self.wants_writable
 
     def tell(self, message: dict[str, object]) -> None:
         """Send a message to the supervisor; without one there is nobody to tell, and the loop will see that."""
@@ -89,10 +91,10 @@ class Loop:
                 for fd, event in events:
                     if fd == device:
                         self._from_kernel()
-                        spin.worked(s.waiting)
+                        spin.worked()
                     elif fd == link:
                         self._from_driver(event)
-                        spin.worked(s.waiting)
+                        spin.worked()
                     elif fd == self.control.fd:
                         self._from_supervisor()
                     else:
@@ -131,14 +133,16 @@ class Loop:
                 raise Unmounted from None
             raise
         _, op, unique, node_id, _, _, _, _ = IN_HEADER.unpack_from(self._buffer)
-        self.dispatch(op, unique, node_id, self._view[:size])
-
-    def dispatch(self, op: int, unique: int, node_id: int, message: memoryview) -> None:
-        """Handle one request of the kernel's; it is answered whatever goes wrong in here."""
         s = self.s
         s.counters.requests += 1
+        message = self._view[:size]
         if s.tracer is not None:
             s.tracer.requested(op, unique, node_id, message)
+        self.handle(op, unique, node_id, message)
+
+    def handle(self, op: int, unique: int, node_id: int, message: memoryview) -> None:
+        """Handle one request of the kernel's; it is answered whatever goes wrong in here."""
+        s = self.s
         handler = self._handlers[op] if op < len(self._handlers) else None
         if handler is None:
             s.answer_error(unique, errno.ENOSYS)

@@ -206,10 +206,10 @@ class NodeTable:
     # ---- entries
 
     def enter(self, parent: int, name: bytes, buffer: bytearray, at: int, now: float, keep_forever: bool) -> int:
-        """Take the entry_out at *at* that the driver gave for *name*, and make it the kernel's (ids, time-outs) in place.
+        """Take the driver's entry_out at *at* for *name*, and make it the kernel's (ids, time-outs) in place.
 
-        Counts one lookup by the driver, none by the kernel. Returns the slot. Raises BadEntry (then nothing is counted),
-        SlotsExhausted.
+        Counts one lookup by the driver, none by the kernel. Returns the slot. Raises SlotsExhausted, and BadEntry
+        (then nothing is counted).
         """
         driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns = _ENTRY_HEAD.unpack_from(buffer, at)
         attr_at = at + ENTRY_HEAD_SIZE
@@ -284,7 +284,7 @@ class NodeTable:
         self._by_name.add(link, hashed)
 
     def unlink(self, parent: int, name: bytes) -> int:
-        """Say that *name* is no longer in *parent*. Returns the node that it was (still alive, to be released), or 0."""
+        """Say that *name* is no longer in *parent*. Returns the node that it was, to be released, or 0."""
         link = self.link(parent, name)
         if not link:
             return 0

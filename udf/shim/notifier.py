@@ -1,8 +1,9 @@
 """Notifications: from the driver, with its ids made the kernel's, to the kernel, from a thread of their own.
 
-The loop must never write one: INVAL_INODE waits for pages that a READ in flight holds, INVAL_ENTRY for a directory that a
-CREATE in flight has locked, and only the loop can answer those. The queue is bounded without losing an invalidation:
-several of one node become one of the whole node, and when even that is too much every name is expired at once.
+The loop must never write one: INVAL_INODE waits for pages that a READ in flight holds, INVAL_ENTRY for a directory
+that a CREATE in flight has locked, and only the loop can answer those. The queue is bounded without losing an
+invalidation: several of one node become one of the whole node, and when even that is too much every name is expired
+at once.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _name(body: memoryview, start: int, length: int) -> bytes:
 
 def _inval_inode(s: Service, body: memoryview) -> Queued:
     _exactly(body, NOTIFY_INVAL_INODE_OUT.size)
-    driver_id, offset, length = NOTIFY_INVAL_INODE_OUT.unpack_from(body)
+    driver_id, offset, _ = NOTIFY_INVAL_INODE_OUT.unpack_from(body)
     slot = s.nodes.by_driver(driver_id)
     if not slot:
         return None

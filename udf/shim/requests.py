@@ -2,11 +2,11 @@
 
 One function for each opcode, in the table `HANDLERS`; each is given the service, the request's id, the node id of its
 header and the whole message in a buffer that it may change. Kernel rules that an answer rests on stand beside it.
+Here are names and attributes, and the table; requests on open files are in `open_files`.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from struct import Struct
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from udf.fuse.flags import Fattr, Fopen, GetattrFlag, SetxattrFlag, WriteFlag
+from udf.fuse.flags import Fattr, GetattrFlag, SetxattrFlag
 from udf.fuse.opcodes import Opcode
-from udf.fuse.structs import ENTRY_OUT, IN_HEADER, OPEN_OUT
-from udf.shim import tasks
-from udf.shim.handles import Handle
-from udf.shim.nodes import ATTR_SIZE, FOREVER, OPEN_FLAGS_SHIFT, OPENED_DIR, OPENED_READ, OPENED_WRITE
+from udf.fuse.structs import ENTRY_OUT, IN_HEADER
+from udf.shim import open_files, tasks
+from udf.shim.nodes import ATTR_SIZE
+from udf.shim.tasks import forward_rename, without_suid
 
 if TYPE_CHECKING:
     from udf.shim.service import Service
@@ -27,24 +27,15 @@ if TYPE_CHECKING:
 BODY = IN_HEADER.size
 _U32 = Struct("=I")
 _U64 = Struct("=Q")
-_pack_open = OPEN_OUT.pack
 _ATTR_HEAD = Struct("=QI4x")
-_NEGATIVE = ENTRY_OUT.pack(*[0] * len(ENTRY_OUT.fields))
-_NEGATIVE_FOREVER = Struct("=QQQ").pack(0, 0, FOREVER) + _NEGATIVE[24:]
-
-# Toward the driver an open has none of these: offsets are the kernel's, truncation came as a SETATTR before,
-# and a handle may be opened a second time.
-STRIPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_APPEND | os.O_DIRECT
-_KEEP_CACHE = int(Fopen.KEEP_CACHE)
-_DIRECT_IO = int(Fopen.DIRECT_IO)
-_CACHE_DIR = int(Fopen.CACHE_DIR)
-_NOFLUSH = int(Fopen.NOFLUSH)
+_NEGATIVE = Struct("=QQQQII")
+_NO_ATTR = bytes(ENTRY_OUT.size - _NEGATIVE.size)
+_PAIR = Struct("=QQ")
 _GETATTR_FH = int(GetattrFlag.FH)
 _FATTR_FH = int(Fattr.FH)
 _FATTR_MODE = int(Fattr.MODE)
 _FATTR_OWNER = int(Fattr.UID | Fattr.GID)
 _FATTR_KILL = int(Fattr.KILL_SUIDGID)
-_WRITE_KILL = int(WriteFlag.KILL_SUIDGID)
 _ACL_KILL = int(SetxattrFlag.ACL_KILL_SGID)
 
 Handler = Callable[["Service", int, int, memoryview], None]
@@ -65,15 +56,14 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         until = s.nodes.negatives.get((slot, name))
         if until is not None and until > now:
             s.counters.negative_hits += 1
-            valid = until - now
-            s.answer(unique, _NEGATIVE_FOREVER if valid > FOREVER / 2 else negative(valid), by="cache")
+            s.answer(unique, negative(until - now), by="cache")
             return
     s.forward(1, unique, node_id, slot, message)
 
 
 def negative(valid: float) -> bytes:
     """Return the entry that says for *valid* seconds that there is no such name."""
-    return Struct("=QQQQII").pack(0, 0, int(valid), 0, int(valid % 1 * 1e9), 0) + _NEGATIVE[40:]
+    return _NEGATIVE.pack(0, 0, int(valid), 0, int(valid % 1 * 1e9), 0) + _NO_ATTR
 
 
 def getattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None:
@@ -141,12 +131,6 @@ def setattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None
     _U32.pack_into(message, BODY, valid & ~_FATTR_KILL)
     _U64.pack_into(message, 16, nodes.driver_id[slot])
     s.send(pending, unique, message)
-
-
-def without_suid(mode: int) -> int:
-    """Return *mode* without what a write, truncation or change of owner takes away (setattr_should_drop_suidgid)."""
-    mode &= ~stat.S_ISUID
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
 
 
 def plain(s: Service, unique: int, node_id: int, message: memoryview) -> None:
@@ -231,16 +215,6 @@ def rename(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     forward_rename(s, unique, node_id, message)
 
 
-def forward_rename(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """Send a rename to the driver."""
-    slot = s.nodes.slot(node_id)
-    pending = s.keep(message[4], node_id, slot, message)
-    new_parent = s.nodes.slot(_U64.unpack_from(message, BODY)[0])
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
-    _U64.pack_into(message, BODY, s.nodes.driver_id[new_parent])
-    s.send(pending, unique, message)
-
-
 def link(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """LINK: the header names the directory, the body the file."""
     slot = s.nodes.slot(node_id)
@@ -248,147 +222,6 @@ def link(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     target = s.nodes.slot(_U64.unpack_from(message, BODY)[0])
     _U64.pack_into(message, 16, s.nodes.driver_id[slot])
     _U64.pack_into(message, BODY, s.nodes.driver_id[target])
-    s.send(pending, unique, message)
-
-
-NEEDED = {os.O_RDONLY: OPENED_READ, os.O_WRONLY: OPENED_WRITE, os.O_RDWR: OPENED_READ | OPENED_WRITE}
-
-
-def open_(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """OPEN and OPENDIR: answered here if the driver has accepted the like before (or its manifest says always).
-
-    The driver's own open follows at the first request that needs it; the kernel has checked the permissions.
-    """
-    nodes = s.nodes
-    slot = nodes.slot(node_id)
-    is_dir = message[4] == Opcode.OPENDIR
-    flags = _U32.unpack_from(message, BODY)[0]
-    policy = s.config.open
-    known = nodes.flags[slot]
-    needed = OPENED_DIR if is_dir else NEEDED.get(flags & os.O_ACCMODE, OPENED_READ | OPENED_WRITE)
-    if policy == "lazy" or (known & needed == needed and policy == "known"):
-        s.counters.open_hits += 1
-        handle = s.handles.add(slot, flags, is_dir, None)
-        nodes.opens[slot] += 1
-        s.answer(unique, open_reply(s, handle, known >> OPEN_FLAGS_SHIFT), by="cache")
-        return
-    pending = s.keep(message[4], node_id, slot, message)
-    _U64.pack_into(message, 16, nodes.driver_id[slot])
-    _U32.pack_into(message, BODY, flags & ~STRIPPED)
-    s.send(pending, unique, message)
-
-
-def open_reply(s: Service, handle: Handle, fopen: int) -> bytes:
-    """Return the OPEN_OUT for *handle*, with the driver's *fopen* flags and what the mount's contract adds."""
-    if not fopen & _DIRECT_IO and (s.exclusive or s.config.open == "lazy"):
-        fopen |= _KEEP_CACHE
-    if handle.is_dir:
-        fopen = fopen | _CACHE_DIR | _KEEP_CACHE if s.exclusive else fopen
-    elif handle.flags & os.O_ACCMODE == os.O_RDONLY and handle.driver_handle is None and not s.config.locks:
-        fopen |= _NOFLUSH  # nothing was written through it, and no lock is the driver's
-    return _pack_open(handle.number, fopen, 0)
-
-
-def read(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """READ, the hot one."""
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is None:
-        s.answer_error(unique, errno.EBADF)
-    elif handle.driver_handle is None:
-        _open_then(s, unique, node_id, message, handle)
-    else:
-        s.forward(15, unique, node_id, handle.slot, message, handle)
-
-
-def write(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """WRITE. For a caller that may not keep them (KILL_SUIDGID) suid and sgid go first."""
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is None:
-        s.answer_error(unique, errno.EBADF)
-        return
-    slot = handle.slot
-    if message[BODY + 20] & _WRITE_KILL:
-        mode = s.nodes.mode(slot)
-        if without_suid(mode) != mode:
-            request = bytes(message)
-            s.start(unique, 16, request, tasks.kill_suid_first(s, unique, node_id, request, slot))
-            return
-        message[BODY + 20] &= ~_WRITE_KILL
-    if handle.driver_handle is None:
-        _open_then(s, unique, node_id, message, handle)
-        return
-    s.nodes.touch(slot)
-    s.forward(16, unique, node_id, slot, message, handle)
-
-
-def _open_then(s: Service, unique: int, node_id: int, message: memoryview, handle: Handle) -> None:
-    request = bytes(message)
-    s.start(unique, message[4], request, tasks.open_then_again(s, unique, node_id, request, handle))
-
-
-def with_handle(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """A request that begins with a handle, which the driver must have opened."""
-    op = message[4]
-    refused = s.refused.get(op)
-    if refused is not None:
-        s.counters.local_answers += 1
-        s.answer_error(unique, refused)
-        return
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is None:
-        s.answer_error(unique, errno.EBADF)
-    elif handle.driver_handle is None:
-        _open_then(s, unique, node_id, message, handle)
-    else:
-        s.forward(op, unique, node_id, handle.slot, message, handle)
-
-
-def flush(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """FLUSH: of a handle that the driver does not know there is nothing to flush."""
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is None or handle.driver_handle is None:
-        s.counters.local_answers += 1
-        s.answer(unique)
-    else:
-        s.forward(25, unique, node_id, handle.slot, message, handle)
-
-
-def fallocate(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """FALLOCATE changes size and blocks, and takes suid and sgid from a caller that is not root."""
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is not None and Opcode.FALLOCATE not in s.refused:
-        mode = s.nodes.mode(handle.slot)
-        if _U32.unpack_from(message, 24)[0] and without_suid(mode) != mode:
-            request = bytes(message)
-            s.start(unique, 43, request, tasks.kill_suid_first(s, unique, node_id, request, handle.slot))
-            return
-        s.nodes.touch(handle.slot)
-    with_handle(s, unique, node_id, message)
-
-
-def copy_file_range(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """COPY_FILE_RANGE and _64: two handles, two nodes."""
-    op = message[4]
-    if op in s.refused:
-        s.counters.local_answers += 1
-        s.answer_error(unique, s.refused[op])
-        return
-    source = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    target = s.handles.get(_U64.unpack_from(message, BODY + 24)[0])
-    if source is None or target is None:
-        s.answer_error(unique, errno.EBADF)
-        return
-    for handle in (source, target):
-        if handle.driver_handle is None:
-            _open_then(s, unique, node_id, message, handle)
-            return
-    s.nodes.touch(target.slot)
-    pending = s.keep(op, node_id, source.slot, message)
-    pending.handle = target
-    _U64.pack_into(message, 16, s.nodes.driver_id[source.slot])
-    _U64.pack_into(message, BODY, source.driver_handle or 0)
-    _U64.pack_into(message, BODY + 16, s.nodes.driver_id[target.slot])
-    _U64.pack_into(message, BODY + 24, target.driver_handle or 0)
     s.send(pending, unique, message)
 
 
@@ -419,37 +252,6 @@ def removexattr(s: Service, unique: int, node_id: int, message: memoryview) -> N
     plain(s, unique, node_id, message)
 
 
-def readdir(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """READDIR and READDIRPLUS: from the handle's listing, which is fetched chunk by chunk."""
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is None:
-        s.answer_error(unique, errno.EBADF)
-        return
-    offset = _U64.unpack_from(message, BODY + 8)[0]
-    size = _U32.unpack_from(message, BODY + 16)[0]
-    plus = message[4] == Opcode.READDIRPLUS
-    if s.listings.serve(s, unique, handle, offset, size, plus):
-        return
-    request = bytes(message)
-    s.start(unique, message[4], request, s.listings.fetch(s, unique, handle, offset, size, plus))
-
-
-def release(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """RELEASE and RELEASEDIR: nobody waits for them, so the kernel has its answer before the driver hears of it."""
-    handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    s.counters.local_answers += 1
-    s.answer(unique)
-    if handle is None:
-        return
-    s.handles.remove(handle)
-    if handle.driver_handle is not None and s.alive:
-        _U64.pack_into(message, BODY, handle.driver_handle)
-        tasks.post(s, message[4], s.nodes.driver_id[handle.slot], bytes(message[BODY:]), bytes(message))
-    if handle.listing is not None:
-        s.listings.closed(s, handle)
-    s.nodes.closed(handle.slot)
-
-
 def forget(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """FORGET: never answered."""
     slot = s.nodes.slot(node_id)
@@ -459,9 +261,8 @@ def forget(s: Service, unique: int, node_id: int, message: memoryview) -> None:
 
 def batch_forget(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """BATCH_FORGET: never answered."""
-    pairs = Struct("=QQ")
     for index in range(_U32.unpack_from(message, BODY)[0]):
-        node, count = pairs.unpack_from(message, BODY + 8 + 16 * index)
+        node, count = _PAIR.unpack_from(message, BODY + 8 + 16 * index)
         slot = s.nodes.slot(node)
         if slot:
             s.nodes.forget(slot, count)
@@ -507,40 +308,40 @@ HANDLERS: dict[int, Handler] = {
     Opcode.RMDIR: plain,
     Opcode.RENAME: rename,
     Opcode.LINK: link,
-    Opcode.OPEN: open_,
-    Opcode.READ: read,
-    Opcode.WRITE: write,
+    Opcode.OPEN: open_files.open_,
+    Opcode.READ: open_files.read,
+    Opcode.WRITE: open_files.write,
     Opcode.STATFS: statfs,
-    Opcode.RELEASE: release,
-    Opcode.FSYNC: with_handle,
+    Opcode.RELEASE: open_files.release,
+    Opcode.FSYNC: open_files.with_handle,
     Opcode.SETXATTR: setxattr,
     Opcode.GETXATTR: plain,
     Opcode.LISTXATTR: plain,
     Opcode.REMOVEXATTR: removexattr,
-    Opcode.FLUSH: flush,
-    Opcode.OPENDIR: open_,
-    Opcode.READDIR: readdir,
-    Opcode.RELEASEDIR: release,
-    Opcode.FSYNCDIR: with_handle,
-    Opcode.GETLK: with_handle,
-    Opcode.SETLK: with_handle,
-    Opcode.SETLKW: with_handle,
+    Opcode.FLUSH: open_files.flush,
+    Opcode.OPENDIR: open_files.open_,
+    Opcode.READDIR: open_files.readdir,
+    Opcode.RELEASEDIR: open_files.release,
+    Opcode.FSYNCDIR: open_files.with_handle,
+    Opcode.GETLK: open_files.with_handle,
+    Opcode.SETLK: open_files.with_handle,
+    Opcode.SETLKW: open_files.with_handle,
     Opcode.ACCESS: plain,
     Opcode.CREATE: create,
     Opcode.INTERRUPT: interrupt,
     Opcode.BMAP: plain,
     Opcode.DESTROY: destroy,
-    Opcode.IOCTL: with_handle,
-    Opcode.POLL: with_handle,
+    Opcode.IOCTL: open_files.with_handle,
+    Opcode.POLL: open_files.with_handle,
     Opcode.NOTIFY_REPLY: notify_reply,
     Opcode.BATCH_FORGET: batch_forget,
-    Opcode.FALLOCATE: fallocate,
-    Opcode.READDIRPLUS: readdir,
+    Opcode.FALLOCATE: open_files.fallocate,
+    Opcode.READDIRPLUS: open_files.readdir,
     Opcode.RENAME2: rename,
-    Opcode.LSEEK: with_handle,
-    Opcode.COPY_FILE_RANGE: copy_file_range,
+    Opcode.LSEEK: open_files.with_handle,
+    Opcode.COPY_FILE_RANGE: open_files.copy_file_range,
     Opcode.SYNCFS: plain,
     Opcode.TMPFILE: create,
     Opcode.STATX: statx,
-    Opcode.COPY_FILE_RANGE_64: copy_file_range,
+    Opcode.COPY_FILE_RANGE_64: open_files.copy_file_range,
 }

@@ -1,8 +1,8 @@
 """The mount's state and its two exits: one reply to the kernel for each request, and requests to the driver.
 
-Owns: every way by which a request is answered. `requests` decides what to do with each opcode, `replies` checks what the
-driver says, `tasks` holds what takes several steps; all of them come here to answer, forward or ask.
-Must never: touch a path, wait, or send a notification to the kernel itself (the notifier thread does).
+Owns: every way by which a request is answered. `requests` decides what to do with each opcode, `replies` checks what
+the driver says, `tasks` holds what takes several steps; all of them come here to answer, forward or ask. Must never:
+touch a path, wait, or send a notification to the kernel itself (the notifier thread does).
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ _SIGKILL_BIT = 1 << 8
 INTERRUPT_UNIQUE = OWN_UNIQUE + 3  # drivers answer an INTERRUPT or not: what comes is dropped
 
 
+class InternalError(Exception):
+    """A defect of the shim's own."""
+
+
 def op_name(op: int) -> str:
     """Return an opcode's name."""
     return _OP_NAMES.get(op, f"opcode {op}")
@@ -67,6 +71,7 @@ class Service:
         self.notifier = notifier
         self.listings = listings
         self.tell = tell
+        self.dispatch: Callable[[int, int, int, memoryview], None] = self._not_serving
         self.exclusive = config.exclusive
         self.nodes = NodeTable()
         self.handles = HandleTable()
@@ -83,6 +88,9 @@ class Service:
         self.alive = True
         self._next_own = OWN_UNIQUE + 4
         self._faults: set[tuple[int, str]] = set()
+
+    def _not_serving(self, op: int, unique: int, node_id: int, message: memoryview) -> None:
+        raise InternalError(f"{op_name(op)} before the loop runs")
 
     # ---- toward the kernel
 

@@ -1,17 +1,18 @@
 """Bounded, adaptive spinning before the loop sleeps.
 
-Pure but for the clock. A wake-up of a sleeping CPU costs more than a whole request; looking again for some tens of
-microseconds saves it when the next event is that near, and wastes it when not. So the share of looks that found
-something is followed, and spinning pauses when it is low. Never on one CPU.
+A wake-up of a sleeping CPU can cost more than a whole request; looking again for some tens of microseconds saves it
+when the next event is that near, and wastes it when not. So the share of looks that found something is followed, and
+spinning pauses while it is low. Between two looks the CPU is offered to others: without that, on a loaded machine, the
+spinning takes the very CPU that the awaited driver needs. Never on one CPU.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from time import monotonic
 
-_WINDOW = 80e-6  # seconds after the last event
+_WINDOW = 50e-6  # seconds after the last event
 _TRIES = 64  # spins between two judgements
 _WORTH = 0.5  # share that must have found something
 _PAUSE = 256  # events without spinning before it is tried again
@@ -23,7 +24,7 @@ class Spin:
     """Decides whether the loop looks again before it sleeps."""
 
     def __init__(self, enabled: bool | None) -> None:
-        self.enabled = len(os.sched_getaffinity(0)) > 1 if enabled is None else enabled
+        self.enabled = bool(enabled) and len(os.sched_getaffinity(0)) > 1
         self.wanted = False
         self.spins = 0
         self.won = 0
@@ -31,7 +32,7 @@ class Spin:
         self._hits = 0
         self._pause = 0
 
-    def worked(self, waiting: Sized) -> None:
+    def worked(self) -> None:
         """Say that an event was handled."""
         if not self.enabled:
             return
@@ -45,15 +46,13 @@ class Spin:
         self.wanted = False
         self.spins += 1
         self._tries += 1
+        give_way = os.sched_yield
         end = monotonic() + _WINDOW
-        while True:
-            events = poll(0)
-            if events:
-                self.won += 1
-                self._hits += 1
-                break
-            if monotonic() > end:
-                break
+        while not (events := poll(0)) and monotonic() < end:
+            give_way()
+        if events:
+            self.won += 1
+            self._hits += 1
         if self._tries >= _TRIES:
             if self._hits < self._tries * _WORTH:
                 self._pause = _PAUSE

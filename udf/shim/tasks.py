@@ -7,17 +7,32 @@ waits; between two yields the shim's state may have changed.
 from __future__ import annotations
 
 import errno
+import os
+import stat
+from struct import Struct
 from typing import TYPE_CHECKING
 
 from udf.fuse.flags import Fattr
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OPEN_IN, OPEN_OUT, SETATTR_IN
-from udf.shim import requests
 from udf.shim.handles import Handle
 from udf.shim.inflight import Ask, Refuse, Steps, Wait
 
 if TYPE_CHECKING:
     from udf.shim.service import Service
+
+
+BODY = IN_HEADER.size
+_U64 = Struct("=Q")
+# Toward the driver an open has none of these: offsets are the kernel's, truncation came as a SETATTR before,
+# and a handle may be opened a second time.
+STRIPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_APPEND | os.O_DIRECT
+
+
+def without_suid(mode: int) -> int:
+    """Return *mode* without what a write, truncation or change of owner takes away (setattr_should_drop_suidgid)."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
 
 
 def caller(request: bytes) -> tuple[int, int, int]:
@@ -45,7 +60,7 @@ def open_handle(s: Service, handle: Handle, request: bytes) -> Steps:
         handle.opening = True
         try:
             op = Opcode.OPENDIR if handle.is_dir else Opcode.OPEN
-            body = OPEN_IN.pack(handle.flags & ~requests.STRIPPED, 0)
+            body = OPEN_IN.pack(handle.flags & ~STRIPPED, 0)
             error, reply = yield Ask(op, s.nodes.driver_id[handle.slot], body, caller(request))
         finally:
             handle.opening = False
@@ -71,14 +86,23 @@ def again(s: Service, unique: int, node_id: int, request: bytes) -> None:
     if s.tasks.pop(unique, None) is None:
         return  # answered meanwhile: interrupted, or past its deadline
     s.interrupted.pop(unique, None)
-    message = memoryview(bytearray(request))
-    requests.HANDLERS[IN_HEADER.unpack_from(request)[1]](s, unique, node_id, message)
+    s.dispatch(IN_HEADER.unpack_from(request)[1], unique, node_id, memoryview(bytearray(request)))
 
 
 def open_then_again(s: Service, unique: int, node_id: int, request: bytes, handle: Handle) -> Steps:
     """Open the driver's handle, then go on with the request."""
     yield from open_handle(s, handle, request)
     again(s, unique, node_id, request)
+
+
+def forward_rename(s: Service, unique: int, node_id: int, message: memoryview) -> None:
+    """Send a rename to the driver."""
+    slot = s.nodes.slot(node_id)
+    pending = s.keep(message[4], node_id, slot, message)
+    new_parent = s.nodes.slot(_U64.unpack_from(message, BODY)[0])
+    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
+    _U64.pack_into(message, BODY, s.nodes.driver_id[new_parent])
+    s.send(pending, unique, message)
 
 
 def open_first(s: Service, unique: int, node_id: int, request: bytes, target: int) -> Steps:
@@ -95,7 +119,7 @@ def open_first(s: Service, unique: int, node_id: int, request: bytes, target: in
         slot = s.nodes.slot(node_id)
         s.forward(Opcode.UNLINK, unique, node_id, slot, message)
     else:
-        requests.forward_rename(s, unique, node_id, message)
+        forward_rename(s, unique, node_id, message)
 
 
 def set_mode(s: Service, slot: int, mode: int) -> Steps:
@@ -111,7 +135,7 @@ def set_mode(s: Service, slot: int, mode: int) -> Steps:
 
 def kill_suid_first(s: Service, unique: int, node_id: int, request: bytes, slot: int) -> Steps:
     """Take suid and sgid away before a write by a caller who may not keep them."""
-    mode = requests.without_suid(s.nodes.mode(slot))
+    mode = without_suid(s.nodes.mode(slot))
     yield from set_mode(s, slot, mode)
     s.nodes.set_mode(slot, mode)
     again(s, unique, node_id, request)

@@ -1,0 +1,28 @@
+# What a newcomer, a developer and a machine call. Each target sets up by itself what it lacks.
+.PHONY: setup setup-test demo test lint bench clean
+.NOTPARALLEL:
+
+PYTHON := .venv/bin/python
+
+setup:  ## leaves .venv/bin/udf
+	@packaging/setup.sh run
+
+setup-test:
+	@packaging/setup.sh test
+
+demo: setup  ## mounts, uses, shows, unmounts
+	@$(PYTHON) packaging/demo.py
+
+lint: setup
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+test: setup-test lint  ## lint, types, all tests
+	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+bench: setup-test  ## UDF beside its peers, in one run
+	@$(PYTHON) -m tests.benchmarks $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Layered: a lower number explains a higher one."""

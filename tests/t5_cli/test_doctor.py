@@ -1,0 +1,111 @@
+"""`udf doctor` says what is there and what is missing, and tells by its exit code whether mounting can work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from udf import doctor
+from udf.fuse.flags import Init
+
+from .conftest import Command
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mount namespaces need root")
+
+
+def test_report_covers_every_check_and_has_a_fix_for_all_that_is_bad(udf: Command) -> None:
+    report = json.loads(udf.done("doctor", "--json"))
+    assert report["can_mount"] is True
+    names = [check["name"] for check in report["checks"]]
+    for name in ("python", "pyfuse3", "libfuse", "/dev/fuse", "kernel", "fusermount3", "namespaces", "open files"):
+        assert name in names
+    for check in report["checks"]:
+        assert check["state"] in ("ok", "note", "bad")
+        assert check["state"] != "bad" or check["fix"], check
+
+
+def test_text_ends_with_the_verdict(udf: Command) -> None:
+    assert udf.done("doctor").splitlines()[-1] == "This machine can mount."
+
+
+@needs_root
+def test_probe_asks_the_kernel_and_leaves_no_mount() -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    probe = doctor.probe_init()
+    assert probe.error == ""
+    assert (probe.major, probe.minor) >= (7, doctor.OLDEST_MINOR)
+    assert probe.flags & Init.ASYNC_READ
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3", "does not exist"),
+        ("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && touch /dev/fuse", "not a character device"),
+        ("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod /dev/fuse c 10 222", "cannot be opened"),
+    ],
+)
+def test_machine_without_a_usable_device_is_exit_code_1(change: str, sentence: str, udf: Command) -> None:
+    command = " ".join(udf.argv("doctor", "--json"))
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{change} && exec {command}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 1, result
+    report = json.loads(result.stdout)
+    assert report["can_mount"] is False
+    device = next(check for check in report["checks"] if check["name"] == "/dev/fuse")
+    assert device["state"] == "bad"
+    assert sentence in device["text"]
+    assert device["fix"]
+
+
+@needs_root
+def test_root_without_the_right_to_mount_is_told_so() -> None:
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is missing")
+    command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", sys.executable, "-m", "udf", "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 1, result
+    assert "SYS_ADMIN" in result.stdout
+    assert result.stderr == ""
+
+
+@needs_root
+def test_user_who_may_not_open_the_device_is_told_so() -> None:
+    """Everything is imported before the rights go: the interpreter itself may be root's alone."""
+    code = """
+import os, sys
+from udf import doctor
+from udf.cli import commands, show
+doctor.examine()
+os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+os.environ["XDG_RUNTIME_DIR"] = ""
+from udf.cli import main
+sys.exit(main(["doctor"]))
+"""
+    program = (
+        'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 600 /dev/fuse c 10 229 && exec $0 -c "$1"'
+    )
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", program, sys.executable, code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 1, result
+    assert "chmod 666 /dev/fuse" in result.stdout
+    assert result.stderr == ""

@@ -1,0 +1,94 @@
+"""The command line: `udf daemon mount umount status drivers events trace doctor`.
+
+Owns: the arguments, exit codes (0 done, 1 refused or failed, 2 usage, 3 no daemon, 130 interrupted) and the one
+sentence on stderr. Must never: import trio or pyfuse3 for a command that only asks (they cost 150 ms).
+Called by the `udf` script and `python -m udf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from udf.errors import UserError
+
+DONE, FAILED, USAGE, NO_DAEMON, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one sentence like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        from udf.cli import show
+
+        show.complain(f"{message} (see `{self.prog} --help`)")
+        raise SystemExit(USAGE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its arguments; `run` names the function of udf.cli.commands that does it."""
+    from udf import __version__
+
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="answer in JSON, one document per line")
+    common.add_argument("--socket", metavar="PATH", help="the daemon's control socket")
+
+    parser = _Parser(prog="udf", description="Device drivers and filesystems as user processes that may die.")
+    parser.add_argument("--version", action="version", version=f"udf {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(run=name)
+        return added
+
+    command("daemon", "run the supervisor until SIGTERM")
+
+    mount = command("mount", "mount SOURCE on MOUNTPOINT with a driver")
+    mount.add_argument("-t", "--driver", metavar="DRIVER", help="a driver's name (see `udf drivers`) or path")
+    mount.add_argument("--exec", dest="program", metavar="'CMD {mountpoint}'", help="serve with any FUSE program")
+    mount.add_argument("paths", nargs="+", metavar="[SOURCE] MOUNTPOINT", help="SOURCE only if the driver takes one")
+    mount.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,…", help="options")
+    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, without a daemon")
+
+    umount = command("umount", "unmount MOUNTPOINT")
+    umount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    umount.add_argument("-l", "--lazy", action="store_true", help="detach now, serve what is open until it is closed")
+
+    command("status", "show every mount, its state and its counters")
+    command("drivers", "show every driver that can be found, and why one cannot be used")
+
+    events = command("events", "show what happened")
+    events.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
+
+    trace = command("trace", "show every request of a mount until Ctrl-C")
+    trace.add_argument("mountpoint", metavar="MOUNT")
+
+    command("doctor", "say what this machine has and lacks for mounting")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    try:
+        parsed = build_parser().parse_args(arguments)
+        from udf.cli import commands
+
+        status = commands.COMMANDS[parsed.run](parsed)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone. Python would complain once more when it flushes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    except UserError as error:
+        from udf.cli import show
+        from udf.supervisor.client import NoSupervisorError
+
+        show.complain(str(error))
+        return NO_DAEMON if isinstance(error, NoSupervisorError) else FAILED

@@ -1,0 +1,368 @@
+"""What each command asks, and how its answer is printed.
+
+Owns: turning arguments into calls of the control interface and answers into text. Must never: import trio or pyfuse3
+outside of `daemon` and `mount -f`, or look below a mountpoint. Called by udf.cli.main, which owns errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from udf.cli import show
+from udf.errors import UserError
+from udf.supervisor import client
+
+MAX_LINKS = 40
+Row = Mapping[str, Any]
+
+
+def daemon(arguments: argparse.Namespace) -> int:
+    """`udf daemon`."""
+    from udf.supervisor.daemon import main
+
+    return main(arguments.socket)
+
+
+def mount(arguments: argparse.Namespace) -> int:
+    """`udf mount`: through the daemon, or by a supervisor of its own."""
+    if len(arguments.paths) > 2:
+        raise UserError("mount takes one SOURCE and one MOUNTPOINT: udf mount [-t DRIVER] [SOURCE] MOUNTPOINT")
+    if arguments.driver and arguments.program:
+        raise UserError("-t and --exec exclude each other: a mount has one driver")
+    *sources, mountpoint = arguments.paths
+    if not sources and not arguments.driver and not arguments.program:
+        raise UserError("say which driver is meant with -t DRIVER (`udf drivers` lists them), or give a SOURCE")
+    if arguments.foreground and arguments.socket:
+        raise UserError("-f supervises the mount itself and --socket asks a daemon: give one of them")
+    source = _absolute_source(sources[0]) if sources else None
+    options = _options(arguments.options)
+    connection = None if arguments.foreground else client.find_daemon(arguments.socket)
+    driver = arguments.driver
+    if source is not None and not driver and not arguments.program:
+        driver = _guess_driver(source, _list_drivers(connection)[0])
+    request = {
+        "driver": os.path.abspath(driver) if driver and "/" in driver else driver,
+        "exec": arguments.program,
+        "source": source,
+        "mountpoint": _absolute_mountpoint(mountpoint),
+        "options": options,
+    }
+    request = {key: value for key, value in request.items() if value is not None}
+    if arguments.foreground:
+        from udf.supervisor.private import run_foreground
+
+        return run_foreground(request)
+    if connection is None:
+        from udf.supervisor.launch import launch_private
+
+        answer = launch_private(request)
+    else:
+        with connection:
+            answer = connection.call("Mount", **request)
+    if arguments.json:
+        show.as_json(answer)
+    return 0
+
+
+def _guess_driver(source: str, drivers: list[Row]) -> str:
+    """The one driver that takes such a source."""
+    kind = _source_kind(source)
+    fitting = [str(driver["name"]) for driver in drivers if driver["source"] == kind]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"{len(fitting)} drivers take a {kind} ({', '.join(fitting)})" if fitting else f"no driver takes a {kind}"
+    raise UserError(f"{found}: say which one is meant with -t DRIVER (`udf drivers` lists them)")
+
+
+def _source_kind(source: str) -> str:
+    """The word that manifests use for such a source."""
+    if not source.startswith("/"):
+        return "url"
+    try:
+        mode = os.stat(source).st_mode
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "file" if stat.S_ISREG(mode) else "device"
+
+
+def umount(arguments: argparse.Namespace) -> int:
+    """`udf umount`: whichever supervisor has the mount does it."""
+    mountpoint = _absolute_mountpoint(arguments.mountpoint)
+    connection = _find_supervisor_of(mountpoint, arguments.socket)
+    if connection is None:
+        _clean_stale(mountpoint)
+    else:
+        _ask_to_unmount(connection, mountpoint, arguments.lazy)
+    if arguments.json:
+        show.as_json({"mountpoint": mountpoint})
+    return 0
+
+
+def _ask_to_unmount(connection: client.Connection, mountpoint: str, lazy: bool) -> None:
+    with connection:
+        try:
+            connection.call("Unmount", mountpoint=mountpoint, lazy=lazy or None)
+        except client.ControlError as error:
+            if error.name != "Busy":
+                raise
+            from udf.cli.holders import describe
+
+            raise UserError(
+                f"{mountpoint} is in use by {describe(mountpoint)}: end that first, or use `udf umount -l`"
+            ) from None
+
+
+def _clean_stale(mountpoint: str) -> None:
+    """Take away a mount of ours whose shim was killed together with its supervisor."""
+    from udf.fuse import mount as mounting
+
+    found = mounting.find_mount(mountpoint)
+    if found is None or found.fstype != mounting.FSTYPE:
+        raise _not_ours(mountpoint)
+    try:
+        done = mounting.clean_stale(mountpoint)
+    except mounting.MountError as error:
+        raise UserError(str(error)) from error
+    if done is None:
+        raise UserError(f"{mountpoint} is served by a supervisor that cannot be reached: ask as its user, or as root")
+    print(f"udf: {done}", file=sys.stderr)
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """`udf status`: the mounts of the daemon and of every private supervisor."""
+    mounts: list[Row] = []
+    for connection in _all_supervisors(arguments.socket):
+        try:
+            mounts += connection.call("Status")["mounts"]
+        except client.ControlError as error:
+            if error.name != "Disconnected" or arguments.socket:
+                raise  # a private supervisor may end between the look and the question
+    mounts.sort(key=lambda row: str(row["mountpoint"]))
+    if arguments.json:
+        show.as_json({"mounts": mounts})
+    elif mounts:
+        heading = ("STATE", "DRIVER", "MOUNTPOINT", "SOURCE", "REQUESTS", "CACHE HITS", "ROUND TRIPS", "UPTIME")
+        right = frozenset(("REQUESTS", "CACHE HITS", "ROUND TRIPS", "UPTIME"))
+        show.table(heading, [_status_row(row) for row in mounts], right=right)
+        for row in mounts:
+            if row["state"] != "ACTIVE" and row["text"]:
+                show.line(f"{row['mountpoint']}: {row['text']}")
+    else:
+        show.line("Nothing is mounted.")
+    return 0
+
+
+def _status_row(row: Row) -> tuple[object, ...]:
+    counters = row["counters"]
+    state = f"{row['state']} (lazy)" if row.get("lazy") else row["state"]
+    return (
+        state,
+        row["driver"],
+        row["mountpoint"],
+        row["source"] or "-",
+        *(_count(counters, name) for name in ("requests", "cache_hits", "driver_round_trips")),
+        show.duration(time.time() - row["since"]),
+    )
+
+
+def _count(counters: Mapping[str, float], name: str) -> str:
+    return str(int(counters[name])) if name in counters else "-"
+
+
+def drivers(arguments: argparse.Namespace) -> int:
+    """`udf drivers`: what the daemon can find, or what a private supervisor would."""
+    found, warnings = _list_drivers(client.find_daemon(arguments.socket))
+    if arguments.json:
+        show.as_json({"drivers": found, "warnings": warnings})
+        return 0
+    rows = [(driver["name"], driver["kind"], driver["source"], driver["description"]) for driver in found]
+    show.table(("NAME", "KIND", "SOURCE", "DESCRIPTION"), rows)
+    for warning in warnings:
+        show.complain(warning)
+    return 0
+
+
+def _list_drivers(connection: client.Connection | None) -> tuple[list[Row], list[str]]:
+    """The drivers on the search path, and a sentence for each file there that is none."""
+    if connection is not None:
+        answer = connection.call("Drivers")
+        return list(answer["drivers"]), list(answer["warnings"])
+    import functools
+
+    import trio
+
+    from udf.supervisor import catalog
+
+    found, warnings = trio.run(functools.partial(catalog.listing, trusted_only=False))
+    return list(found), warnings
+
+
+def events(arguments: argparse.Namespace) -> int:
+    """`udf events`: the daemon's, else those of the private supervisors one after the other."""
+    if arguments.follow:
+        connection = client.find_daemon(arguments.socket)
+        if connection is None:
+            raise client.NoSupervisorError("no daemon runs whose events could be followed: start `udf daemon`")
+        with connection:
+            _print_events(connection.stream("Events"), arguments.json)
+        return 0
+    for connection in _all_supervisors(arguments.socket):
+        _print_events(iter([connection.call("Events")]), arguments.json)
+    return 0
+
+
+def _print_events(replies: Iterator[Row], as_json: bool) -> None:
+    for reply in replies:
+        for event in reply["events"]:
+            if as_json:
+                show.as_json(event)
+                continue
+            change = event["state"] if not event.get("previous") else f"{event['previous']} → {event['state']}"
+            what = change if event["what"] == "state" else event["what"]
+            show.line(
+                f"{show.clock(event['time'])}  {event['kind']:6} {event['name']:20} {what:22} {event['reason']:12}"
+                f" {event['text']}".rstrip()
+            )
+        _tell_lost(reply)
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    """`udf trace`: every request of one mount until Ctrl-C or its end."""
+    mountpoint = _absolute_mountpoint(arguments.mountpoint)
+    connection = _find_supervisor_of(mountpoint, arguments.socket)
+    if connection is None:
+        raise _not_ours(mountpoint)
+    with connection:
+        try:
+            _print_operations(connection.stream("Trace", mountpoint=mountpoint), arguments.json)
+        except client.ControlError as error:
+            if error.name != "Disconnected" or not connection.info.get("private"):
+                raise  # a private supervisor ends with its mount, and so does the trace
+    return 0
+
+
+def _print_operations(replies: Iterator[Row], as_json: bool) -> None:
+    for number, reply in enumerate(replies):
+        if number == 0 and not as_json:
+            show.line(show.TRACE_HEADING)
+        for operation in reply["operations"]:
+            if as_json:
+                show.as_json(operation)
+            else:
+                show.line(show.trace_line(operation))
+        _tell_lost(reply)
+
+
+def _tell_lost(reply: Row) -> None:
+    if reply.get("lost"):
+        print(f"udf: {reply['lost']} lines were lost, because this end was too slow", file=sys.stderr, flush=True)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`udf doctor`: exit code 1 if mounting is impossible."""
+    from udf import doctor as checks
+
+    findings = checks.examine()
+    able = checks.can_mount(findings)
+    if arguments.json:
+        rows = [{"name": f.name, "state": f.state, "text": f.text, "fix": f.fix} for f in findings]
+        show.as_json({"can_mount": able, "checks": rows})
+    else:
+        for finding in findings:
+            show.line(f"{finding.state:4}  {finding.name}: {finding.text}")
+            if finding.fix:
+                show.line(f"      → {finding.fix}")
+        show.line("This machine can mount." if able else "This machine cannot mount: see the lines with “bad”.")
+    return 0 if able else 1
+
+
+def _all_supervisors(path: str | None) -> Iterator[client.Connection]:
+    """Every supervisor that can be asked; NoSupervisorError when there is none at all."""
+    connections = client.supervisors(path)
+    first = next(connections, None)
+    if first is None:
+        raise client.NoSupervisorError("no daemon runs and nothing is mounted: start `udf daemon`, or use `udf mount`")
+    return itertools.chain([first], connections)
+
+
+def _find_supervisor_of(mountpoint: str, path: str | None) -> client.Connection | None:
+    """The supervisor that serves a mountpoint; NoSupervisorError only for a socket that was asked for."""
+    for connection in client.supervisors(path):
+        try:
+            if connection.call("Status", mountpoint=mountpoint)["mounts"]:
+                return client.Connection(connection.path)
+        except client.ControlError as error:
+            if error.name not in ("NotFound", "Disconnected"):
+                raise
+    return None
+
+
+def _not_ours(mountpoint: str) -> UserError:
+    return UserError(f"{mountpoint} is not a mount of udf (`udf status` lists them)")
+
+
+def _absolute_mountpoint(path: str) -> str:
+    """The mountpoint's real path, found without asking the filesystem that is, or was, mounted there.
+
+    Symlinks are resolved in its parent; of the last name only the link itself is read, which a hung mount allows.
+    """
+    for _ in range(MAX_LINKS):
+        path = path.rstrip("/") or "/"
+        parent, name = os.path.split(os.path.abspath(path) if os.path.basename(path) in (".", "..") else path)
+        path = os.path.join(os.path.realpath(parent or "."), name)
+        try:
+            target = os.readlink(path)
+        except OSError:
+            return path
+        path = os.path.join(os.path.dirname(path), target)
+    raise UserError(f"{path}: too many symbolic links")
+
+
+def _absolute_source(source: str) -> str | None:
+    """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it."""
+    if source == "none":
+        return None
+    head, _, _ = source.partition("/")
+    return source if ":" in head else os.path.abspath(source)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    r"""`-o a=1,b` as a mapping; `\,` and `\\` stand for a comma and a backslash in a value."""
+    options: dict[str, str] = {}
+    for word in itertools.chain.from_iterable(map(_split_options, given)):
+        name, _, value = word.partition("=")
+        if not name:
+            raise UserError(f"-o {word}: an option needs a name")
+        options[name] = value
+    return options
+
+
+def _split_options(text: str) -> list[str]:
+    words, escaped = [""], False
+    for character in text:
+        if escaped:
+            words[-1] += character if character in "\\," else "\\" + character
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == ",":
+            words.append("")
+        else:
+            words[-1] += character
+    if escaped:
+        words[-1] += "\\"
+    return [word for word in words if word]
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    command.__name__: command for command in (daemon, mount, umount, status, drivers, events, trace, doctor)
+}

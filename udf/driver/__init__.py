@@ -1,0 +1,1 @@
+"""What authors subclass (`fs`), and what turns their paths into FUSE's inodes (`tree`, `paths`)."""

@@ -1,0 +1,241 @@
+"""Foreign FUSE programs: any program that mounts, unmodified.
+
+Owns: the private mountpoint, the stand-in over fusermount, handing over the link, and what the supervisor is told of
+such a program (it has no code of ours inside). Must never: import anything but the standard library, or keep the link
+open once the program has it. Called by: init.py.
+
+How the program comes to the link: without CAP_SYS_ADMIN its mount(2) fails, and libfuse (2 and 3) runs fusermount by
+its absolute path. There, in the private mount namespace, lies the stand-in (standin.py), which asks us for the link and
+passes it on over _FUSE_COMMFD, as fusermount passes /dev/fuse. Without a mount namespace the program is given /dev/fd/N
+as its mountpoint instead, which libfuse 3 understands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+from udf.host import syscalls as sys_
+
+STANDIN = os.path.join(os.path.dirname(__file__), "standin.py")
+_FUSERMOUNTS = ("fusermount3", "fusermount")
+_FUSERMOUNT_DIRECTORIES = ("/usr/bin", "/bin", "/usr/local/bin", "/usr/sbin", "/sbin")
+# Directories that a program hardly needs; the first that exists and has no kept path below it is covered.
+_COVERS = ("/sys/fs/fuse/connections", "/mnt", "/media", "/srv", "/opt", "/home")
+_MAX_REQUEST = 64 * 1024
+_MAX_LINE = 2000
+_STANDIN_TIMEOUT = 10.0
+
+
+class Program:
+    """One foreign program, from its mountpoint to its end."""
+
+    def __init__(self, control: socket.socket, link: int, start: dict[str, Any], private: bool) -> None:
+        """Everything that needs privileges; they are dropped after this."""
+        self._control = control
+        self._link: int | None = link
+        self._beat = max(0.05, float(start["heartbeat"]))
+        self._next_beat = time.monotonic() + self._beat
+        self._listener: socket.socket | None = None
+        self._poll: select.poll | None = None
+        self._last_line = b""
+        self._environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH",)}
+        mountpoint = f"/dev/fd/{link}"
+        if private:
+            room = _private_room(start["sandbox"])
+            if room is None:
+                raise OSError("no place for a private mountpoint")
+            mountpoint = os.path.join(room, "mnt")
+            self._listener = _listen(os.path.join(room, "link"), start["sandbox"])
+            _cover_fusermount(room)
+            self._environment["PATH"] = f"{room}/bin:{self._environment.get('PATH', os.defpath)}"
+        self._arguments = _arguments(start, mountpoint)
+        self._errors, self._errors_write = os.pipe2(os.O_CLOEXEC)
+
+    def execute(self) -> NoReturn:
+        """In the driver's process: become the program."""
+        os.dup2(self._errors_write, 2)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)  # ignored by our interpreter or by us; exec would pass that on
+        if self._listener is None and self._link is not None:
+            os.set_inheritable(self._link, True)
+        program = self._arguments[0]
+        try:
+            os.execvpe(program, self._arguments, self._environment)  # noqa: S606 - a shell is what is not wanted
+        except OSError as exc:
+            os.write(2, f"{program}: {os.strerror(exc.errno or 0)}\n".encode())
+        os._exit(127)
+
+    def started(self) -> None:
+        """In init, after the fork."""
+        os.close(self._errors_write)
+        os.set_blocking(self._errors, False)
+        if self._listener is None and self._link is not None:
+            os.close(self._link)  # the program has inherited it and serves at once
+            self._link = None
+            self._send({"t": "ready", "services": [], "mount_options": {}})
+
+    def register(self, poll: select.poll) -> None:
+        """Say what is waited for."""
+        self._poll = poll
+        poll.register(self._errors, select.POLLIN)
+        poll.register(self._control, select.POLLIN)
+        if self._listener is not None:
+            poll.register(self._listener, select.POLLIN)
+
+    def timeout(self) -> float:
+        """Seconds until there is something to do without an event."""
+        return max(0.0, self._next_beat - time.monotonic())
+
+    def serve(self, ready: set[int]) -> None:
+        """Do what is due. Nothing here may wait for the program."""
+        if self._errors in ready:
+            self._pass_errors()
+        if self._listener is not None and self._listener.fileno() in ready:
+            self._serve_standin(self._listener)
+        if self._control.fileno() in ready:
+            self._read_control()
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + self._beat
+            # Nothing is known of a foreign program's loop: requests that it leaves unanswered tell instead.
+            self._send({"t": "heartbeat", "loop_age": 0.0})
+
+    def ended(self, status: int) -> None:
+        """All of the program's processes are gone."""
+        self._pass_errors()
+        if self._link is not None:
+            code = os.waitstatus_to_exitcode(status)
+            how = f"exited with status {code}" if code >= 0 else f"was ended by signal {-code}"
+            last = self._last_line.decode("utf-8", "replace").strip()
+            said = f"; it said: {last}" if last else ""
+            name = os.path.basename(self._arguments[0])
+            self._send({"t": "failed", "error": f"{name} {how} before it mounted{said}"})
+
+    def _pass_errors(self) -> None:
+        while True:
+            try:
+                data = os.read(self._errors, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                if self._poll is not None:
+                    self._poll.unregister(self._errors)
+                    self._poll = None
+                return
+            tail = (self._last_line + data).rstrip(b"\n")
+            self._last_line = tail.rpartition(b"\n")[2][-_MAX_LINE:] + (b"\n" if data.endswith(b"\n") else b"")
+            try:
+                os.write(2, data)
+            except OSError:
+                pass  # nobody reads our log any more
+            if len(data) < 65536:
+                return
+
+    def _read_control(self) -> None:
+        try:
+            packet = self._control.recv(_MAX_REQUEST, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if not packet:
+            os._exit(1)  # the supervisor is gone, and with us everything in here
+        try:
+            is_stop = json.loads(packet).get("t") == "stop"
+        except (ValueError, AttributeError):
+            return
+        if is_stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _serve_standin(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(_STANDIN_TIMEOUT)
+            try:
+                options = json.loads(connection.recv(_MAX_REQUEST))
+                if not isinstance(options, dict):
+                    return
+                if self._link is None:
+                    connection.send(b"taken")
+                    return
+                socket.send_fds(connection, [b"link"], [self._link])
+                # Only when the stand-in says that the program has it; until then it may have to be handed out again.
+                if connection.recv(16) != b"done":
+                    return
+            except (OSError, ValueError):
+                return
+        os.close(self._link)
+        self._link = None
+        self._send({"t": "ready", "services": [], "mount_options": options})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._control.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            pass  # a full socket loses a heartbeat; a closed one ends us where it is read
+
+
+def _arguments(start: dict[str, Any], mountpoint: str) -> list[str]:
+    values = {key: _text(value) for key, value in start["options"].items()}
+    values["source"] = start["source"] or ""
+    values["mountpoint"] = mountpoint
+    # All values at once, so that braces inside one are left alone.
+    placeholder = re.compile("|".join(re.escape("{" + key + "}") for key in values))
+    words = shlex.split(start["driver"]["command"])
+    return [placeholder.sub(lambda match: values[match[0][1:-1]], word) for word in words]
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _private_room(limits: dict[str, Any]) -> str | None:
+    """A small private filesystem with an empty `mnt`, which belongs to the program's user."""
+    kept = [os.path.abspath(path) + "/" for path in limits["keep_paths"]]
+    for cover in _COVERS:
+        if not os.path.isdir(cover) or any(path.startswith(cover + "/") for path in kept):
+            continue
+        try:
+            sys_.mount("udf", cover, "tmpfs", sys_.MS_NOSUID | sys_.MS_NODEV, "size=256k,mode=0755")
+        except OSError:
+            continue
+        for name in ("mnt", "bin"):
+            os.mkdir(os.path.join(cover, name), 0o755)
+        os.chown(os.path.join(cover, "mnt"), int(limits["uid"]), int(limits["gid"]))
+        return cover
+    return None
+
+
+def _listen(path: str, limits: dict[str, Any]) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    os.chown(path, int(limits["uid"]), int(limits["gid"]))
+    os.chmod(path, 0o600)
+    listener.listen(4)
+    return listener
+
+
+def _cover_fusermount(room: str) -> None:
+    with open(STANDIN) as file:
+        text = file.read()
+    standin = os.path.join(room, "bin", "fusermount3")
+    with open(standin, "w") as file:
+        file.write(f"#!{sys.executable} -IS\n{text}\n\nsys.exit(main({os.path.join(room, 'link')!r}))\n")
+    os.chmod(standin, 0o755)  # noqa: S103 - the driver's user runs it
+    os.symlink("fusermount3", os.path.join(room, "bin", "fusermount"))
+    # What libfuse calls is a fixed path, usually a link to one file; the file itself is covered.
+    for target in {
+        os.path.realpath(path)
+        for directory in _FUSERMOUNT_DIRECTORIES
+        for name in _FUSERMOUNTS
+        if os.path.exists(path := os.path.join(directory, name))
+    }:
+        sys_.mount(standin, target, None, sys_.MS_BIND)

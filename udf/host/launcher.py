@@ -1,0 +1,184 @@
+"""The first stage of a driver host: sandbox, then two forks; what is left of it is the anchor.
+
+Owns: the three processes of a host and how they end together:
+  anchor   the supervisor's child, outside the PID namespace; passes on SIGTERM and the driver's exit status
+  init     the first process of the PID namespace (init.py): reaps; when it ends, the kernel kills all the rest
+  driver   serve.py in this interpreter, or a foreign program (foreign.py)
+The driver is not the namespace's first process itself: that one cannot be ended by most signals, not even its own.
+Must never: import anything but the standard library (this stage is forked, not executed again), or run driver code.
+Called by: `python -m udf.host`.
+
+When the supervisor dies, each of the three dies: by PR_SET_PDEATHSIG from its parent, and the anchor also when the
+control socket hangs up (the supervisor's thread that started us may end before the supervisor does).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from typing import Any, NoReturn
+
+from udf.host import init, sandbox
+from udf.host import syscalls as sys_
+
+MAX_MESSAGE = 64 * 1024
+_MAX_FDS = 4
+_UCRED = struct.Struct("iII")
+_STATUS = struct.Struct("i")
+
+
+def main(argv: list[str]) -> int:
+    """Run a host on the control socket whose descriptor is the only argument. Returns the exit status."""
+    if len(argv) != 2 or not argv[1].isdigit():
+        print("usage: python -m udf.host FD (it is started by udf itself)", file=sys.stderr)
+        return 2
+    control = socket.socket(fileno=int(argv[1]))
+    control.set_inheritable(False)
+    # First of all: from here on nothing of this host outlives the supervisor.
+    sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+    received = _receive_start(control)
+    if received is None:
+        return 0
+    packet, link = received
+    try:
+        start = json.loads(packet)
+        return _launch(control, link, packet, start)
+    except Exception as exc:
+        report_failure(control, f"the driver host could not be set up: {exc}")
+        return 1
+
+
+def report_failure(control: socket.socket, sentence: str) -> None:
+    """Tell the supervisor that there will be no driver."""
+    try:
+        control.send(json.dumps({"t": "failed", "error": sentence[:4000]}).encode())
+    except OSError:
+        print(f"udf host: {sentence}", file=sys.stderr)
+
+
+def _receive_start(control: socket.socket) -> tuple[bytes, int] | None:
+    while True:
+        packet, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, _MAX_FDS)
+        if not packet:
+            return None
+        message = json.loads(packet)
+        if message.get("t") == "stop":
+            return None
+        if message.get("t") == "start" and len(fds) == 1:
+            os.set_inheritable(fds[0], False)
+            return packet, fds[0]
+        for fd in fds:
+            os.close(fd)
+
+
+def _launch(control: socket.socket, link: int, packet: bytes, start: dict[str, Any]) -> int:
+    limits = start["sandbox"]
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    sandbox.close_other_descriptors([control.fileno(), link])
+    sandbox.limit(int(limits["nofile"]))
+    private = bool(limits["namespaces"]) and sandbox.leave_namespaces(int(limits["uid"]), int(limits["gid"]))
+    if private:
+        sandbox.hide_fuse_mounts(limits["keep_paths"])
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        _become_init(theirs, control, link, packet, start, private)
+    theirs.close()
+    os.close(link)
+    return _anchor(ours, control, pid, limits)
+
+
+def _become_init(
+    bond: socket.socket, control: socket.socket, link: int, packet: bytes, start: dict[str, Any], private: bool
+) -> NoReturn:
+    status = 1
+    try:
+        sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+        # If the anchor died before the line above, its end is closed and nobody will say go.
+        if bond.recv(1) == b"g":
+            status = init.run(bond, control, link, packet, start, private)
+    except BaseException as exc:
+        report_failure(control, f"the driver host could not be set up: {exc}")
+    finally:
+        os._exit(status)
+
+
+def _anchor(bond: socket.socket, control: socket.socket, init_pid: int, limits: dict[str, Any]) -> int:
+    sys_.set_name("udf-anchor")
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    init_fd = os.pidfd_open(init_pid)
+    sandbox.drop_privileges({**limits, "capabilities": []})
+    bond.send(b"g")
+
+    poll = select.poll()
+    poll.register(init_fd, select.POLLIN)
+    poll.register(bond, select.POLLIN)
+    poll.register(wake_read, select.POLLIN)
+    poll.register(control, 0)  # only its end; what arrives there is for the driver
+    status: int | None = None
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if wake_read in ready and signal.SIGTERM in os.read(wake_read, 64):
+            _signal(init_fd, signal.SIGTERM)
+        if bond.fileno() in ready:
+            data, driver_pid = _receive(bond)
+            if not data:
+                poll.unregister(bond)
+            elif data == b"d":
+                _say_started(control, driver_pid)
+            else:
+                status = _STATUS.unpack(data)[0]
+        if control.fileno() in ready:
+            _signal(init_fd, signal.SIGKILL)
+            poll.unregister(control)
+        if init_fd in ready:
+            _, own = os.waitpid(init_pid, 0)
+            for data, _ in iter(lambda: _receive(bond), (b"", 0)):
+                if len(data) == _STATUS.size:
+                    status = _STATUS.unpack(data)[0]
+            return _end_as(own if status is None else status)
+
+
+def _signal(pidfd: int, number: signal.Signals) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        pass
+
+
+def _receive(bond: socket.socket) -> tuple[bytes, int]:
+    # The kernel writes the sender's pid as this process sees it, whatever namespace the sender is in.
+    data, control, _, _ = bond.recvmsg(16, socket.CMSG_SPACE(_UCRED.size))
+    for level, kind, value in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and data:
+            return data, _UCRED.unpack(value[: _UCRED.size])[0]
+    return data, 0
+
+
+def _say_started(control: socket.socket, pid: int) -> None:
+    try:
+        control.send(json.dumps({"t": "started", "pid": pid}).encode())
+    except OSError:
+        pass  # the supervisor is gone; the hang-up ends us
+
+
+def _end_as(status: int) -> int:
+    """End the way the driver did: with its exit status, or by its signal."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        signal.set_wakeup_fd(-1)
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1

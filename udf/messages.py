@@ -1,0 +1,267 @@
+"""The messages between the supervisor and its shims (S, M) and its driver hosts (S, H), one type each.
+
+Owns: the private wire of the supervisor: one JSON object per SOCK_SEQPACKET packet, at most 64 KiB, the key "t" is
+the tag; descriptors travel beside it by SCM_RIGHTS.
+Must never: be imported by the shim or by the host's launcher stage (they use `json` with the same keys and stay small).
+Called by: udf/supervisor for everything it sends and receives, udf/host once its launcher stage is over.
+
+A packet from a host or a shim is as untrusted as one from a network: `decode_*` raise ContractError and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from udf.errors import ContractError, InternalError
+
+MAX_MESSAGE = 64 * 1024
+MAX_DESCRIPTORS = 4  # no message carries more; a receiver asks for this many so that none leaks unseen
+
+
+class Message(msgspec.Struct, tag_field="t", kw_only=True):
+    """What all messages have in common: the tag "t"."""
+
+
+# ---- supervisor -> shim
+
+
+class Mount(Message, tag="mount"):
+    """Serve one mount; comes with the shim's end of the link."""
+
+    mountpoint: str
+    name: str
+    driver: str
+    fsname: str
+    subtype: str = ""
+    read_only: bool = False
+    allow_other: bool = False
+    nosuid: bool = True
+    nodev: bool = True
+    noexec: bool = False
+    noatime: bool = False
+    uid: int = 0
+    gid: int = 0
+    max_read: int = 0
+    exclusive: bool = False
+    acl: bool = False
+    locks: bool = False
+    open: str = "known"
+    deadline: float = 30.0
+    start_timeout: float = 30.0
+    spin: bool | None = None
+
+
+class Unmount(Message, tag="unmount"):
+    """Unmount; `lazy` detaches at once and serves what is still open."""
+
+    lazy: bool = False
+
+
+class AskCounters(Message, tag="counters"):
+    """Ask for the counters; the answer carries the same id."""
+
+    id: int
+
+
+class Trace(Message, tag="trace"):
+    """Switch tracing; comes with the write end for the lines when `on`."""
+
+    on: bool
+
+
+ToShim = Mount | Unmount | AskCounters | Trace
+
+
+# ---- shim -> supervisor
+
+
+class Mounted(Message, tag="mounted"):
+    """The mount is there; comes with a duplicate of its /dev/fuse descriptor."""
+
+
+class ShimFailed(Message, tag="failed"):
+    """The mount could not be made; one sentence."""
+
+    error: str
+    errno: int = 0
+
+
+class Busy(Message, tag="busy"):
+    """The unmount that was asked for found the mount in use; it goes on."""
+
+
+class Unmounted(Message, tag="unmounted"):
+    """The mount is gone; `external` when someone else unmounted it."""
+
+    external: bool = False
+
+
+class LinkLost(Message, tag="link_lost"):
+    """The driver's end of the link is closed; so many requests had no answer."""
+
+    pending: int = 0
+
+
+class StateChange(Message, tag="state"):
+    """The mount's state as the shim serves it."""
+
+    state: str
+    reason: str
+    text: str = ""
+
+
+class ShimFault(Message, tag="fault"):
+    """The driver broke the wire's rules; at most once per operation and kind."""
+
+    op: str
+    error: str
+
+
+class Counters(Message, tag="counters"):
+    """The answer to AskCounters."""
+
+    id: int
+    counters: dict[str, int | float]
+
+
+class Detached(Message, tag="detached"):
+    """A lazy unmount is done; open files are still served."""
+
+
+class ShimHeartbeat(Message, tag="heartbeat"):
+    """The shim's loop turns."""
+
+
+FromShim = (
+    Mounted | ShimFailed | Busy | Unmounted | LinkLost | StateChange | ShimFault | Counters | Detached | ShimHeartbeat
+)
+
+
+# ---- supervisor -> host
+
+
+class DriverSpec(msgspec.Struct, kw_only=True):
+    """Which code a host runs: a class in a file, or a command (a foreign FUSE program)."""
+
+    path: str = ""
+    class_name: str | None = msgspec.field(default=None, name="class")
+    command: str | None = None
+    kind: str = "fs"
+
+
+class Sandbox(msgspec.Struct, kw_only=True):
+    """What the driver's process may be and have."""
+
+    uid: int
+    gid: int
+    groups: list[int] = []
+    capabilities: list[str] = []
+    namespaces: bool = True
+    nofile: int = 4096
+    keep_paths: list[str] = []
+
+
+class Start(Message, tag="start"):
+    """Load and serve a driver; comes with the driver's end of the link."""
+
+    name: str
+    driver: DriverSpec
+    sandbox: Sandbox
+    source: str | None = None
+    options: dict[str, bool | int | float | str] = {}
+    heartbeat: float = 1.0
+
+
+class Stop(Message, tag="stop"):
+    """End in an orderly way; a SIGTERM means the same."""
+
+
+ToHost = Start | Stop
+
+
+# ---- host -> supervisor
+
+
+class Started(Message, tag="started"):
+    """The process that runs the driver, by the pid that the supervisor sees."""
+
+    pid: int
+
+
+class Ready(Message, tag="ready"):
+    """The driver serves. `mount_options` are those a foreign program gave to its fusermount."""
+
+    services: list[str] = []
+    mount_options: dict[str, str | bool] = {}
+
+
+class HostFailed(Message, tag="failed"):
+    """The driver will not serve; one sentence."""
+
+    error: str
+
+
+class HostHeartbeat(Message, tag="heartbeat"):
+    """The age in seconds of the driver loop's last sign of life, as a thread beside it sees it."""
+
+    loop_age: float
+
+
+class HostFault(Message, tag="fault"):
+    """A handler raised something that is not an errno; once per operation and exception type."""
+
+    op: str
+    error: str
+    traceback: str = ""
+
+
+FromHost = Started | Ready | HostFailed | HostHeartbeat | HostFault
+
+
+_encoder = msgspec.json.Encoder()
+_to_shim: msgspec.json.Decoder[ToShim] = msgspec.json.Decoder(ToShim)
+_from_shim: msgspec.json.Decoder[FromShim] = msgspec.json.Decoder(FromShim)
+_to_host: msgspec.json.Decoder[ToHost] = msgspec.json.Decoder(ToHost)
+_from_host: msgspec.json.Decoder[FromHost] = msgspec.json.Decoder(FromHost)
+
+
+def encode(message: Message) -> bytes:
+    """One packet. A message that does not fit is our own mistake: senders cut long texts before."""
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE:
+        raise InternalError(f"a {type(message).__name__} message of {len(data)} bytes is larger than {MAX_MESSAGE}")
+    return data
+
+
+_T = TypeVar("_T")
+
+
+def decode_to_shim(data: bytes) -> ToShim:
+    """What a shim received."""
+    return _decode(_to_shim, data, "supervisor")
+
+
+def decode_from_shim(data: bytes) -> FromShim:
+    """What a shim sent."""
+    return _decode(_from_shim, data, "shim")
+
+
+def decode_to_host(data: bytes) -> ToHost:
+    """What a host received."""
+    return _decode(_to_host, data, "supervisor")
+
+
+def decode_from_host(data: bytes) -> FromHost:
+    """What a driver host sent."""
+    return _decode(_from_host, data, "driver host")
+
+
+def _decode(decoder: msgspec.json.Decoder[_T], data: bytes, sender: str) -> _T:
+    if len(data) > MAX_MESSAGE:
+        raise ContractError(f"the {sender} sent a message of {len(data)} bytes, more than {MAX_MESSAGE}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ContractError(f"the {sender} sent a message that cannot be read: {exc}") from exc

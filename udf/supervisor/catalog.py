@@ -1,0 +1,148 @@
+"""Drivers as the registry needs them: from a manifest on the search path, or from a command to execute.
+
+Owns: the call of udf.manifest in worker threads (a search path may lie on something slow), bounded in time.
+Must never: run driver code. Called by: registry.py, control.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+
+from udf import manifest as manifests
+from udf import messages
+from udf.errors import UserError
+from udf.manifest import Manifest, OptionValue, Trust
+
+LOOKUP_TIMEOUT = 10.0
+_THREADS = 8  # for look-ups alone, so that hanging ones use up nobody else's threads
+
+T = TypeVar("T")
+_threads: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("udf_catalog_threads")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What is known of a driver before it runs."""
+
+    name: str
+    spec: messages.DriverSpec
+    source_kind: str = "any"
+    capabilities: tuple[str, ...] = ()
+    exclusive: bool = False
+    acl: bool = False
+    locks: bool = False
+    open: str = "known"
+    deadline: float = 30.0
+    warnings: tuple[str, ...] = ()
+    manifest: Manifest | None = None  # None: a command
+
+    def check_options(self, given: Mapping[str, str]) -> dict[str, OptionValue]:
+        """The driver's options with the types that its manifest declares. UserError for a wrong one."""
+        if self.manifest is not None:
+            return manifests.driver_options(self.manifest, given)
+        if given:
+            word = next(iter(given))
+            raise UserError(f"the option {word!r} is not one of a mount: write a command's own options in the command")
+        return {}
+
+    def check_source(self, source: str | None) -> str | None:
+        """The source to use; UserError when there is one too many or too few, or of the wrong kind by its looks."""
+        kind = self.source_kind
+        if kind == "none" and source == "none":
+            return None  # as in `mount -t tmpfs none DIR`
+        if kind == "none" and source is not None:
+            raise UserError(f"the driver {self.name} takes no source: leave out {source}")
+        if kind not in ("none", "any") and source is None:
+            raise UserError(f"the driver {self.name} needs a source (a {kind}): name it before the mountpoint")
+        if source is None or kind in ("none", "any"):
+            return source
+        if kind == "url" and "://" not in source:
+            raise UserError(f"the source {source} is not a URL, which is what the driver {self.name} serves")
+        if kind != "url" and not source.startswith("/"):
+            raise UserError(f"the source {source} must be an absolute path")
+        return source
+
+
+def from_command(command: str, source: str | None) -> Driver:
+    """A program that the operator wants executed; the command has been checked."""
+    if source is not None and "{source}" not in command:
+        raise UserError("the command has no {source} in it: put it where the program expects the source")
+    if source is None and "{source}" in command:
+        raise UserError("the command has {source} in it: name the source before the mountpoint")
+    name = os.path.basename(shlex.split(command)[0])[:64]
+    return Driver(name=name, spec=messages.DriverSpec(command=command))
+
+
+async def find(name: str, *, trusted_only: bool) -> Driver:
+    """Look a driver up and check its manifest and requisites.
+
+    `trusted_only`: the caller is neither root nor our own user, so only what root installed for everyone counts.
+    """
+    trust = Trust(0, 0) if trusted_only else Trust.own()
+
+    def look() -> Manifest:
+        found = manifests.find_driver(name, trust)
+        manifests.check_requires(found)
+        return found
+
+    found = await _in_thread(look, f"the driver {name}")
+    return Driver(
+        name=found.name,
+        spec=messages.DriverSpec(path=found.path, class_name=found.class_name, command=found.command, kind=found.kind),
+        source_kind=found.source,
+        capabilities=found.capabilities,
+        exclusive=found.exclusive,
+        acl=found.acl,
+        locks=found.locks,
+        open=found.open,
+        deadline=found.deadline,
+        warnings=found.warnings,
+        manifest=found,
+    )
+
+
+async def listing(*, trusted_only: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every usable driver on the search path as the interface describes it, and a sentence for each unusable one."""
+    trust = Trust(0, 0) if trusted_only else Trust.own()
+    found, warnings = await _in_thread(lambda: manifests.list_drivers(trust), "the search path")
+    return [_describe(each) for each in found], warnings
+
+
+def _describe(found: Manifest) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "path": found.path,
+        "kind": found.kind,
+        "description": found.description,
+        "source": found.source,
+        "durability": found.durability,
+        "capabilities": list(found.capabilities),
+        "options": [
+            {
+                "name": option.name,
+                "type": option.type,
+                "default": None if option.default is None else msgspec.json.encode(option.default).decode(),
+                "help": option.help,
+                "required": option.required,
+            }
+            for option in found.options.values()
+        ],
+    }
+
+
+async def _in_thread(work: Callable[[], T], what: str) -> T:
+    try:
+        limiter = _threads.get()
+    except LookupError:
+        limiter = trio.CapacityLimiter(_THREADS)
+        _threads.set(limiter)
+    with trio.move_on_after(LOOKUP_TIMEOUT):
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
+    raise UserError(f"{what} could not be read within {LOOKUP_TIMEOUT:g} s: something that it lies on hangs")

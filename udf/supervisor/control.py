@@ -1,0 +1,251 @@
+"""The methods of io.udf.Supervisor: what each call means, with the caller's rights.
+
+Owns: the translation between the interface file and the registry. Must never: trust a parameter, or block the loop.
+Called by: daemon.py and private.py, which run `serve`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from udf import __version__
+from udf.errors import UserError
+from udf.supervisor import catalog, rights
+from udf.supervisor.client import INTERFACE, PROTOCOL
+from udf.supervisor.instance import Event, Instance
+from udf.supervisor.mounts import Mount
+from udf.supervisor.plan import BusyError, StartFailedError
+from udf.supervisor.registry import MountRequest, NotFoundError, Registry
+from udf.supervisor.trace import Operation
+from udf.supervisor.varlink import SERVICE, Call, Server, Service, VarlinkError
+
+MAX_EVENT_QUEUE = 1000  # events that wait for one client
+MAX_EVENT_BATCH = 100  # events in one reply
+
+log = logging.getLogger("udf.control")
+
+
+class _Info(msgspec.Struct, forbid_unknown_fields=True):
+    protocol: int | None = None
+
+
+class _Which(msgspec.Struct, forbid_unknown_fields=True):
+    name: str | None = None
+    mountpoint: str | None = None
+
+
+class _Unmount(_Which, forbid_unknown_fields=True):
+    lazy: bool | None = None
+
+
+class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+class _Events(msgspec.Struct, forbid_unknown_fields=True):
+    since: int | None = None
+
+
+class Control:
+    """The control interface of one supervisor. `nursery` carries what several calls share."""
+
+    def __init__(self, registry: Registry, nursery: trio.Nursery, *, private: bool) -> None:
+        self._registry = registry
+        self._nursery = nursery
+        self._private = private
+
+    def server(self) -> Server:
+        """A Varlink server for it."""
+        methods = {
+            "Info": self._info,
+            "Mount": self._mount,
+            "Unmount": self._unmount,
+            "Status": self._status,
+            "Drivers": self._drivers,
+            "Events": self._events,
+            "Trace": self._trace,
+        }
+        return Server(
+            Service(
+                product="UDF supervisor",
+                version=__version__,
+                url="",
+                methods={f"{INTERFACE}.{name}": method for name, method in methods.items()},
+                abandoned=frozenset({f"{INTERFACE}.Mount"}),
+                interfaces={INTERFACE: interface_description()},
+                error=as_varlink,
+            )
+        )
+
+    async def _info(self, call: Call) -> object:
+        wanted = call.parameters(_Info).protocol
+        if wanted is not None and wanted != PROTOCOL:
+            raise _error(
+                "VersionMismatch",
+                f"this supervisor speaks control protocol {PROTOCOL} and the client {wanted}: use the udf that it was"
+                " started with, or start it again",
+                protocol=PROTOCOL,
+            )
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "protocol": PROTOCOL,
+            "private": self._private,
+            "uid": os.geteuid(),
+        }
+
+    async def _mount(self, call: Call) -> object:
+        request = call.parameters(MountRequest)
+        if self._private:
+            raise UserError("this supervisor serves one mount and takes no others: start `udf daemon` for that")
+        mount = await self._registry.mount(request, call.peer.identity)
+        return {"name": mount.plan.name, "mountpoint": mount.plan.mountpoint}
+
+    async def _unmount(self, call: Call) -> object:
+        wanted = call.parameters(_Unmount)
+        mount = self._find(call, wanted)
+        await self._registry.unmount(mount, lazy=bool(wanted.lazy))
+        return None
+
+    async def _status(self, call: Call) -> object:
+        wanted = call.parameters(_Which)
+        if wanted.name is None and wanted.mountpoint is None:
+            mounts = self._registry.mounts(call.peer.identity)
+        else:
+            mounts = [self._find(call, wanted)]
+        rows: dict[int, dict[str, Any]] = {}
+
+        async def describe(number: int, mount: Mount) -> None:
+            rows[number] = _describe(mount, await mount.counters())
+
+        async with trio.open_nursery() as nursery:
+            for number, mount in enumerate(mounts):
+                nursery.start_soon(describe, number, mount)
+        return {"mounts": [rows[number] for number in sorted(rows)]}
+
+    async def _drivers(self, call: Call) -> object:
+        call.parameters(_Nothing)
+        drivers, warnings = await catalog.listing(trusted_only=not rights.is_trusted(call.peer.identity))
+        return {"drivers": drivers, "warnings": warnings}
+
+    async def _events(self, call: Call) -> object:
+        since = call.parameters(_Events).since
+        waiting: deque[Event] = deque()
+        news = trio.Event()
+        lost = 0
+
+        def on_event(event: Event) -> None:
+            nonlocal lost
+            if not self._may_see(call, event):
+                return
+            if len(waiting) >= MAX_EVENT_QUEUE:
+                waiting.popleft()
+                lost += 1
+            waiting.append(event)
+            news.set()
+
+        log_of = self._registry.events
+        with log_of.subscribed(on_event):
+            past = [event for event in log_of.past(since or 0) if self._may_see(call, event)]
+            if not call.more:
+                return {"events": past, "lost": 0}
+            waiting.extend(past)
+            await call.reply_more({"events": [], "lost": 0})  # the client knows now that it will be told
+            while True:
+                while waiting:
+                    batch = [waiting.popleft() for _ in range(min(MAX_EVENT_BATCH, len(waiting)))]
+                    told, lost = lost, 0
+                    await call.reply_more({"events": batch, "lost": told})
+                news = trio.Event()
+                await news.wait()
+
+    async def _trace(self, call: Call) -> object:
+        mount = self._find(call, call.parameters(_Which))
+        if not call.more:
+            raise VarlinkError(f"{SERVICE}.ExpectedMore", {})
+
+        async def deliver(operations: list[Operation], lost: int) -> None:
+            await call.reply_more({"operations": operations, "lost": lost})
+
+        await deliver([], 0)
+        await mount.trace.listen(self._nursery, deliver)
+        return {"operations": [], "lost": 0}
+
+    def _find(self, call: Call, wanted: _Which) -> Mount:
+        return self._registry.find(call.peer.identity, wanted.name, wanted.mountpoint)
+
+    def _may_see(self, call: Call, event: Event) -> bool:
+        # An event carries a name only; the past of a mount that is gone is for those who may see everything.
+        caller = call.peer.identity
+        return rights.is_trusted(caller) or any(
+            mount.plan.name == event.name for mount in self._registry.mounts(caller)
+        )
+
+
+def interface_description() -> str:
+    """The interface file."""
+    return Path(__file__).with_name(f"{INTERFACE}.varlink").read_text("utf-8")
+
+
+def _describe(mount: Mount, counters: dict[str, float]) -> dict[str, Any]:
+    plan, instance = mount.plan, mount.instance
+    return {
+        "name": plan.name,
+        "mountpoint": plan.mountpoint,
+        "driver": plan.driver_name,
+        "source": plan.source,
+        "options": plan.asked_options,
+        "uid": plan.owner.uid,
+        "state": instance.state,
+        "reason": instance.reason,
+        "text": instance.text,
+        "since": instance.since,
+        "generation": mount.generation,
+        "lazy": mount.is_lazy,
+        "faults": mount.faults,
+        "shim_pid": mount.shim.pid,
+        "driver_pid": mount.driver.pid,
+        "instances": [_instance(each) for each in (mount.instance, *mount.instance.needs)],
+        "counters": counters,
+    }
+
+
+def _instance(instance: Instance) -> dict[str, Any]:
+    return {
+        "kind": instance.kind,
+        "name": instance.name,
+        "state": instance.state,
+        "reason": instance.reason,
+        "text": instance.text,
+        "since": instance.since,
+        "pid": instance.pid,
+    }
+
+
+def _error(name: str, sentence: str, **parameters: object) -> VarlinkError:
+    return VarlinkError(f"{INTERFACE}.{name}", {"sentence": sentence, **parameters})
+
+
+def as_varlink(exc: Exception) -> VarlinkError:
+    """The one table from what a method raises to the interface's errors."""
+    match exc:
+        case StartFailedError():
+            return _error("Failed", str(exc), tree=exc.tree)
+        case BusyError():
+            return _error("Busy", str(exc), mountpoint=exc.mountpoint)
+        case rights.DeniedError():
+            return _error("Denied", str(exc))
+        case NotFoundError():
+            return _error("NotFound", str(exc))
+        case UserError():
+            return _error("Refused", str(exc))
+        case _:
+            log.error("a control call failed by our own mistake", exc_info=exc)
+            return _error("Failed", f"the supervisor made a mistake ({type(exc).__name__}): see its log", tree=[])

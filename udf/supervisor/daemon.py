@@ -1,0 +1,76 @@
+"""`udf daemon`: the supervisor of a machine or of a user's session.
+
+Owns: the daemon's start and end, and what systemd is told. Must never: say READY before the control socket listens,
+or end with a mount left behind that it could unmount. Called by: udf.cli.
+
+Signals: SIGTERM and SIGINT unmount everything in order and end it (a second one hurries); SIGHUP is ignored, because
+there is nothing to read again and mounts must not depend on a terminal. SIGKILL: shims and hosts see the end of their
+control sockets, unmount lazily and end; the next start replaces the socket, and clears away mounts without a server.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import trio
+
+from udf.supervisor import logs, paths, sockets
+from udf.supervisor.instance import Event
+from udf.supervisor.notify import Notifier
+from udf.supervisor.registry import Registry
+from udf.supervisor.service import Frame, running
+from udf.supervisor.spawn import Identity
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+def main(socket_path: str | None = None) -> int:
+    """Run until a signal ends it; the exit code. UserError when another one listens there already."""
+    path = Path(socket_path).absolute() if socket_path else sockets.daemon_socket()
+    logs.to_stderr(os.environ)
+    control = sockets.ControlSocket.bind(path)
+    try:
+        sockets.private_sockets()  # clears away what killed supervisors have left
+        trio.run(_run, control)
+    finally:
+        control.remove()
+    return 0
+
+
+async def _run(control: sockets.ControlSocket) -> None:
+    notifier = Notifier(os.environ)
+    try:
+        async with running(control.sock, private=False, ending=_ENDING) as frame:
+            if notifier.watchdog is not None:
+                frame.nursery.start_soon(_watchdog, notifier, notifier.watchdog)
+            frame.nursery.start_soon(paths.sweep)
+            notifier.say(READY=1, STATUS=f"Listening on {control.path}")
+            await _until_stopped(frame, notifier)
+    finally:
+        notifier.close()
+
+
+async def _until_stopped(frame: Frame, notifier: Notifier) -> None:
+    def on_event(event: Event) -> None:
+        if event.kind == "mount":
+            notifier.say(STATUS=_status(frame.registry))
+
+    with frame.registry.events.subscribed(on_event):
+        await frame.stop.wait()
+        notifier.say(STOPPING=1, STATUS="Unmounting everything")
+    await frame.registry.stop_all(frame.hurry)
+
+
+async def _watchdog(notifier: Notifier, interval: float) -> None:
+    # From the loop itself, so that a loop that no longer turns says nothing.
+    while True:
+        notifier.say(WATCHDOG=1)
+        await trio.sleep(interval)
+
+
+def _status(registry: Registry) -> str:
+    states = Counter(str(mount.instance.state) for mount in registry.mounts(Identity.own()) if not mount.is_gone)
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "Nothing is mounted"

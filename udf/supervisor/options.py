@@ -1,0 +1,119 @@
+"""The options of a mount that UDF itself understands; all others are the driver's.
+
+Owns: the words after -o that do not depend on the driver. Must never: do I/O. Called by: registry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from udf.errors import UserError
+
+MAX_OPTIONS = 200
+MAX_VALUE = 4096
+MAX_DEADLINE = 3600.0
+
+
+class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the mount is like, whatever the driver."""
+
+    read_only: bool = False
+    allow_other: bool = False
+    nosuid: bool = True
+    nodev: bool = True
+    noexec: bool = False
+    noatime: bool = False
+    nonempty: bool = False
+    max_read: int = 0
+    fsname: str = ""
+    spin: bool | None = None
+    deadline: float | None = None  # None: the manifest's
+
+
+_FLAGS: dict[str, tuple[str, bool]] = {
+    "ro": ("read_only", True),
+    "rw": ("read_only", False),
+    "allow_other": ("allow_other", True),
+    "nosuid": ("nosuid", True),
+    "suid": ("nosuid", False),
+    "nodev": ("nodev", True),
+    "dev": ("nodev", False),
+    "noexec": ("noexec", True),
+    "exec": ("noexec", False),
+    "noatime": ("noatime", True),
+    "atime": ("noatime", False),
+    "relatime": ("noatime", False),
+    "nonempty": ("nonempty", True),
+    "spin": ("spin", True),
+    "nospin": ("spin", False),
+}
+# Words for mount(8) and systemd that reach us from fstab and mean nothing here. default_permissions is always on.
+_IGNORED = frozenset(
+    (
+        *("defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "nousers", "owner", "group"),
+        *("async", "default_permissions"),
+    )
+)
+
+
+def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
+    """Our own options, and the rest for the driver's manifest to judge. UserError for a bad value of ours."""
+    if len(options) > MAX_OPTIONS:
+        raise UserError(f"more than {MAX_OPTIONS} options: leave some out")
+    ours: dict[str, bool | float | str] = {}
+    drivers: dict[str, str] = {}
+    for key, value in options.items():
+        if len(value) > MAX_VALUE or len(key) > MAX_VALUE:
+            raise UserError(f"the option {key[:40]!r} is too long: at most {MAX_VALUE} characters")
+        if key in _FLAGS:
+            if value:
+                raise UserError(f"the option {key} takes no value: leave out ={value}")
+            field, setting = _FLAGS[key]
+            if ours.get(field, setting) != setting:
+                raise UserError(f"the options contradict each other: {key} and its opposite")
+            ours[field] = setting
+        elif key == "max_read":
+            if not value.isascii() or not value.isdigit() or not 4096 <= int(value) <= 1 << 20:
+                raise UserError(f"max_read={value} is not a number of bytes from 4096 to 1048576")
+            ours["max_read"] = int(value)
+        elif key == "deadline":
+            ours["deadline"] = _seconds(value)
+        elif key == "fsname":
+            if not value or not value.isprintable():
+                raise UserError("fsname needs a printable value: fsname=NAME")
+            ours["fsname"] = value
+        elif key not in _IGNORED and not key.startswith(("x-", "comment")):
+            drivers[key] = value
+    return msgspec.convert(ours, MountOptions), drivers
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= MAX_DEADLINE:  # false for a NaN too
+        raise UserError(f"deadline={text} is not a number of seconds from 0.1 to {MAX_DEADLINE:g}")
+    return value
+
+
+def merge_foreign(options: MountOptions, given: Mapping[str, str | bool], asked: Mapping[str, str]) -> MountOptions:
+    """Add what a foreign program asked of its fusermount. What the operator said stands, and it gains no rights."""
+    changes: dict[str, object] = {}
+    if given.get("ro") and "rw" not in asked:
+        changes["read_only"] = True
+    for key in ("noexec", "noatime"):
+        if given.get(key) and not any(_FLAGS[word][0] == key for word in asked if word in _FLAGS):
+            changes[key] = True
+    if given.get("allow_other"):
+        changes["allow_other"] = True
+    fsname = given.get("fsname")
+    if isinstance(fsname, str) and fsname and fsname.isprintable() and not options.fsname:
+        changes["fsname"] = fsname[:MAX_VALUE]
+    max_read = given.get("max_read")
+    if isinstance(max_read, str) and max_read.isascii() and max_read.isdigit() and not options.max_read:
+        value = int(max_read[:10])
+        changes["max_read"] = value if 4096 <= value <= 1 << 20 else 0
+    return msgspec.structs.replace(options, **changes)

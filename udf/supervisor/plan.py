@@ -1,0 +1,97 @@
+"""What a mount will be: a request that has passed every check, and how starting or ending one can be refused.
+
+Owns: the plan, its translation into the first messages to host and shim, and the two errors of a mount's life.
+Must never: do I/O. Called by: registry.py (makes it), mounts.py (carries it out), control.py (shows it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from udf import messages
+from udf.errors import UserError
+from udf.supervisor import options as mount_options
+from udf.supervisor import spawn
+from udf.supervisor.instance import Reason
+from udf.supervisor.options import MountOptions
+
+HEARTBEAT = 1.0
+
+
+class StartFailedError(UserError):
+    """The mount could not be made; `tree` is the state of each process at that moment."""
+
+    def __init__(self, sentence: str, tree: list[str], reason: Reason = Reason.REFUSED) -> None:
+        super().__init__(sentence)
+        self.tree = tree
+        self.reason = reason
+
+
+class BusyError(UserError):
+    """Files are open on the mount."""
+
+    def __init__(self, mountpoint: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.mountpoint = mountpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountPlan:
+    """A request that has passed every check: all that is needed to start."""
+
+    name: str
+    mountpoint: str
+    driver_name: str
+    driver: messages.DriverSpec
+    source: str | None
+    driver_options: dict[str, bool | int | float | str]
+    asked_options: dict[str, str]  # as the operator wrote them, for `udf status`
+    options: MountOptions
+    owner: spawn.Identity
+    shim_as: spawn.Identity | None  # another user than ours: the shim mounts with that user's rights only
+    sandbox: messages.Sandbox
+    environment: Mapping[str, str]
+    exclusive: bool = False
+    acl: bool = False
+    locks: bool = False
+    open: str = "known"
+    deadline: float = 30.0
+    start_timeout: float = 30.0
+
+    def start_message(self) -> messages.Start:
+        """What the driver host is told."""
+        return messages.Start(
+            name=self.name,
+            driver=self.driver,
+            source=self.source,
+            options=self.driver_options,
+            sandbox=self.sandbox,
+            heartbeat=HEARTBEAT,
+        )
+
+    def mount_message(self, ready: messages.Ready) -> messages.Mount:
+        """What the shim is told, with the options that a foreign program has asked for."""
+        chosen = mount_options.merge_foreign(self.options, ready.mount_options, self.asked_options)
+        return messages.Mount(
+            mountpoint=self.mountpoint,
+            name=self.name,
+            driver=self.driver_name,
+            fsname=chosen.fsname or self.source or self.driver_name,
+            read_only=chosen.read_only,
+            allow_other=chosen.allow_other,
+            nosuid=chosen.nosuid,
+            nodev=chosen.nodev,
+            noexec=chosen.noexec,
+            noatime=chosen.noatime,
+            uid=self.owner.uid,
+            gid=self.owner.gid,
+            max_read=chosen.max_read,
+            exclusive=self.exclusive,
+            acl=self.acl,
+            locks=self.locks,
+            open=self.open,
+            deadline=self.deadline,
+            start_timeout=self.start_timeout,
+            spin=chosen.spin,
+        )

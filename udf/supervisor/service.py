@@ -1,0 +1,80 @@
+"""What a daemon and a private supervisor have in common: the process's set-up, its nurseries and its signals.
+
+Owns: the frame in which registry and control run. Must never: decide when it ends. Called by: daemon.py, private.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from udf.supervisor import spawn
+from udf.supervisor.control import Control
+from udf.supervisor.instance import EventLog
+from udf.supervisor.registry import Registry
+
+MAX_DESCRIPTORS = 65536  # a mount needs about ten of ours
+REAP_GRACE = 1.0
+
+log = logging.getLogger("udf.service")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What runs."""
+
+    registry: Registry
+    nursery: trio.Nursery
+    stop: trio.Event  # somebody asked for the end
+    hurry: trio.Event  # and again
+
+
+@asynccontextmanager
+async def running(sock: socket.socket, *, private: bool, ending: Iterable[signal.Signals]) -> AsyncIterator[Frame]:
+    """Serve `sock` as long as the context lasts.
+
+    One of the signals `ending` sets `stop`; others that ask for the end of a process are logged and ignored.
+    """
+    spawn.shield()
+    _raise_limits()
+    async with trio.open_nursery() as reaper:
+        async with trio.open_nursery() as nursery:
+            registry = Registry(EventLog(), nursery, reaper, private_environment=private)
+            frame = Frame(registry, nursery, trio.Event(), trio.Event())
+            await nursery.start(_signals, frame, frozenset(ending))
+            nursery.start_soon(Control(registry, nursery, private=private).server().serve, sock)
+            yield frame
+            nursery.cancel_scope.cancel()
+        reaper.cancel_scope.deadline = trio.current_time() + REAP_GRACE  # a process in D state is left to init
+
+
+async def _signals(
+    frame: Frame,
+    ending: frozenset[signal.Signals],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        task_status.started()
+        async for number in received:
+            if number not in ending:
+                log.info("%s is ignored", signal.Signals(number).name)
+            elif frame.stop.is_set():
+                frame.hurry.set()
+            else:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                frame.stop.set()
+
+
+def _raise_limits() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

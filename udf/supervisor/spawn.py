@@ -1,0 +1,254 @@
+"""Starting and ending the processes of a mount: shims and driver hosts.
+
+Owns: argv, environment, descriptors, kernel protection (OOM score, IO flusher) and the end of each child; every child
+is reaped. Must never: wait in the loop, or start a child from a worker thread: children ask for PR_SET_PDEATHSIG, which
+the kernel sends when the *thread* that started them ends, and worker threads end after some idle seconds (so no
+trio.lowlevel.open_process, which uses one). A start in the loop costs about a millisecond (vfork).
+Called by: mounts.py and paths.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import site
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from udf.errors import UserError
+
+PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
+LINK_BUFFER = 2 * 1024 * 1024  # a 128 KiB message needs more than the default of 208 KiB leaves
+SHIELDED_SCORE = -900  # below every ordinary process; not -1000, so that a leak of ours can still be ended
+PR_SET_IO_FLUSHER = 57
+SO_SNDBUFFORCE = 32
+REAP_TIMEOUT = 5.0  # after SIGKILL; a process in D state takes longer, and nobody waits for it
+
+# A daemon's environment is not the caller's; only what every program may know is passed on.
+_COMMON_ENVIRONMENT = ("PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR")
+_OWN_ENVIRONMENT = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "JOURNAL_STREAM", "INVOCATION_ID")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who somebody is for the kernel."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+    @classmethod
+    def own(cls) -> Identity:
+        """This process."""
+        return cls(os.geteuid(), os.getegid(), tuple(os.getgroups()))
+
+
+class Child:
+    """One child process. `watch` must run in a nursery as long as the child lives: it reaps it."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self._popen = popen
+        self.pid = popen.pid
+        self.ended = trio.Event()
+        self._pidfd = os.pidfd_open(popen.pid)
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, minus the signal if one ended it; None while it lives."""
+        return self._popen.returncode
+
+    async def watch(self) -> None:
+        """Wait for the end and reap."""
+        try:
+            await trio.lowlevel.wait_readable(self._pidfd)
+            self._popen.wait()
+            self.ended.set()
+        finally:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens to a child that has ended."""
+        if self._pidfd >= 0 and not self.ended.is_set():
+            try:
+                signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    async def end(self, grace: float) -> bool:
+        """SIGTERM, SIGKILL after the grace; whether it is gone for certain."""
+        if grace > 0:
+            self.signal(signal.SIGTERM)
+            with trio.move_on_after(grace):
+                await self.ended.wait()
+        if not self.ended.is_set():
+            self.signal(signal.SIGKILL)
+            with trio.move_on_after(REAP_TIMEOUT):
+                await self.ended.wait()
+        return self.ended.is_set()
+
+    def how(self) -> str:
+        """How it ended, for a sentence."""
+        return describe_status(self.status)
+
+
+def describe_status(status: int | None) -> str:
+    """An exit status in words."""
+    if status is None:
+        return "did not end"
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
+
+def control_pair() -> tuple[socket.socket, socket.socket]:
+    """A control socket: our end (non-blocking), the child's end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+def link_pair() -> tuple[socket.socket, socket.socket]:
+    """The link of a mount: the shim's end, the driver's end, with buffers as large as we may."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in pair:
+        try:
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, LINK_BUFFER)
+        except PermissionError:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINK_BUFFER)  # cut to wmem_max by the kernel
+    return pair
+
+
+def start_shim(name: str, control: socket.socket, output: int, run_as: Identity | None) -> Child:
+    """Start a shim. `run_as` is another user than ours: the shim then mounts with that user's rights only."""
+    environment = {"PYTHONPATH": PACKAGE_PARENT, "PATH": _path(), "UDF_INSTANCE": name}
+    argv = [sys.executable, "-P", "-s", "-S", "-m", "udf.shim", str(control.fileno())]
+    child = _start(argv, environment, output, output, run_as, control.fileno())
+    _set_oom_score(child.pid, SHIELDED_SCORE)
+    return child
+
+
+def start_host(name: str, control: socket.socket, output: int, environment: Mapping[str, str]) -> Child:
+    """Start a driver host. Its sandbox (and its user) is what the `start` message says; it begins as what we are."""
+    argv = [sys.executable, "-P", "-m", "udf.host", str(control.fileno())]
+    with _unshielded():
+        child = _start(
+            argv, {**environment, **_import_path(), "UDF_INSTANCE": name}, output, output, None, control.fileno()
+        )
+    _set_oom_score(child.pid, max(0, _first_score))
+    return child
+
+
+def start_program(module: str, arguments: Sequence[str], output: int, run_as: Identity | None) -> Child:
+    """Start one of our own short-lived programs (standard library only), whose stdout is `output`."""
+    argv = [sys.executable, "-P", "-s", "-S", "-m", module, *arguments]
+    return _start(argv, {"PYTHONPATH": PACKAGE_PARENT, "PATH": _path()}, output, None, run_as)
+
+
+def _start(
+    argv: list[str],
+    environment: Mapping[str, str],
+    stdout: int,
+    stderr: int | None,
+    run_as: Identity | None,
+    *passed: int,
+) -> Child:
+    try:
+        # A session of its own: a terminal's ^C and hang-up are for the supervisor, which then unmounts in order.
+        popen = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=passed,
+            start_new_session=True,
+            cwd="/",
+            env=environment,
+            user=run_as.uid if run_as else None,
+            group=run_as.gid if run_as else None,
+            extra_groups=list(run_as.groups) if run_as else None,
+        )
+    except PermissionError as exc:
+        if run_as is None:
+            raise
+        raise UserError(
+            f"the user {run_as.uid} may not run {argv[0]}: install udf and its interpreter where every user may read"
+        ) from exc
+    return Child(popen)
+
+
+def private_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a driver gets from the user's own `udf mount`: all but what is meant for us or steers our interpreter."""
+    return {
+        key: value
+        for key, value in environment.items()
+        if key not in _OWN_ENVIRONMENT and not key.startswith(("PYTHON", "LISTEN_", "LD_"))
+    }
+
+
+def daemon_environment(environment: Mapping[str, str], home: str, user: str) -> dict[str, str]:
+    """What a driver gets from a daemon: nothing of the daemon's own but the common things."""
+    kept = {key: value for key, value in environment.items() if key in _COMMON_ENVIRONMENT or key.startswith("LC_")}
+    return {"PATH": _path(), **kept, "HOME": home, "USER": user, "LOGNAME": user}
+
+
+def shield() -> None:
+    """Protect this process and thread from the OOM killer and from waiting on its own write-back, where permitted."""
+    global _first_score, _shielded  # noqa: PLW0603 - facts about this process, which exists once
+    _first_score = _read_oom_score()
+    _set_oom_score(os.getpid(), SHIELDED_SCORE)
+    _shielded = _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0
+
+
+_first_score = 0
+_shielded = False
+
+
+@contextmanager
+def _unshielded() -> Iterator[None]:
+    # The flag is the thread's and is inherited. A driver must not have it: its memory would come before everyone's.
+    if not _shielded:
+        yield
+        return
+    _libc.prctl(PR_SET_IO_FLUSHER, 0, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def _read_oom_score() -> int:
+    try:
+        return int(Path("/proc/self/oom_score_adj").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _set_oom_score(pid: int, score: int) -> None:
+    try:
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
+    except OSError:
+        pass  # needs CAP_SYS_RESOURCE to go down; a user's mounts live without
+
+
+def _path() -> str:
+    return os.environ.get("PATH") or os.defpath
+
+
+def _import_path() -> dict[str, str]:
+    # Where udf is installed the interpreter finds it, and a PYTHONPATH would only leak into a driver's own children.
+    installed = [*site.getsitepackages(), site.getusersitepackages()]
+    return {} if PACKAGE_PARENT in installed else {"PYTHONPATH": PACKAGE_PARENT}
