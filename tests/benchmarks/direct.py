@@ -40,6 +40,10 @@ def main() -> None:
     options = {"default_permissions", "fsname=udf-bench"}
     if os.geteuid() == 0:
         options.add("allow_other")
+    if job["receive"] == "udf":
+        from udf.host.pump import Pump
+
+        Pump().install()
     pyfuse3.init(operations, job["mountpoint"], options)
     try:
         trio.run(pyfuse3.main)

@@ -20,10 +20,12 @@ from types import TracebackType
 from tests.benchmarks import machine, peers
 from tests.benchmarks.machine import RequestCounter
 from tests.benchmarks.peers import Daemon, Mount, Peer, UnavailableError
+from udf.shim.spin import Spin
 
 MIB = 1 << 20
 PAGE = 4096
-NATIVE, C, C_ALWAYS, DIRECT, SPIN, NOSPIN = "native", "C", "C always", "direct", "UDF spin", "UDF nospin"
+C, DIRECT, SPIN, NOSPIN = "C", "direct", "UDF spin", "UDF nospin"  # names of contestants
+UDF = SPIN if Spin(None).enabled else NOSPIN  # as a user gets it: the one that targets are about
 
 
 class Lab:
@@ -57,7 +59,8 @@ class Lab:
             peers.Native(),
             peers.PassthroughLL("auto"),
             peers.PassthroughLL("always"),
-            peers.Direct(),
+            peers.Direct("pyfuse3"),
+            peers.Direct("udf"),
             peers.Udf(self.daemon, "spin"),
             peers.Udf(self.daemon, "nospin"),
         )

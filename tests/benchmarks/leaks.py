@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tests.benchmarks import machine
-from tests.benchmarks.lab import SPIN, Lab
+from tests.benchmarks.lab import UDF, Lab
 from tests.benchmarks.report import Result, Table, Target, median, percentile
 from udf.cli.holders import describe
 from udf.supervisor.client import Connection, ControlError
@@ -35,8 +35,8 @@ class _Held:
 def run(the_lab: Lab) -> Result:
     cycles, warming, at_once = (12, 4, 8) if the_lab.quick else (200, 20, 50)
     result = Result("leaks")
-    if not the_lab.peers([SPIN]):
-        result.notes.append(the_lab.why_missing(SPIN))
+    if not the_lab.peers([UDF]):
+        result.notes.append(the_lab.why_missing(UDF))
         return result
     source = the_lab.folder("leaks")
     (source / "file").write_text("here\n")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.benchmarks import clients, lab, machine
-from tests.benchmarks.lab import SPIN, Lab
+from tests.benchmarks.lab import UDF, Lab
 from tests.benchmarks.machine import Memory
 from tests.benchmarks.peers import Mount, UnavailableError
 from tests.benchmarks.report import Result, Table, Target, at_most
@@ -23,9 +23,9 @@ CLIENTS = 3
 def run(the_lab: Lab) -> Result:
     nodes, requests = (10_000, 60_000) if the_lab.quick else (100_000, 1_000_000)
     result = Result("memory")
-    peers = the_lab.peers([SPIN])
+    peers = the_lab.peers([UDF])
     if not peers:
-        result.notes.append(the_lab.why_missing(SPIN))
+        result.notes.append(the_lab.why_missing(UDF))
         return result
     source = the_lab.folder("memory")
     for number in range(FOLDERS):
@@ -41,8 +41,8 @@ def run(the_lab: Lab) -> Result:
         with the_lab.mounted(peers[0], source) as mount:
             _growth(result, the_lab, mount, requests)
     except UnavailableError as error:
-        the_lab.skip(SPIN, str(error))
-        result.notes.append(the_lab.why_missing(SPIN))
+        the_lab.skip(UDF, str(error))
+        result.notes.append(the_lab.why_missing(UDF))
     return result
 
 

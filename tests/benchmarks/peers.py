@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import machine
+from udf.shim.spin import Spin
 
 TREE = Path(__file__).resolve().parents[2]
 DRIVER = TREE / "fs/passthrough/__init__.py"
@@ -111,10 +112,13 @@ class PassthroughLL(Peer):
 
 
 class Direct(Peer):
-    """The same driver class as UDF's, on stock pyfuse3 and its own /dev/fuse."""
+    """The same driver class as UDF's on its own /dev/fuse, with pyfuse3's receive loop or with UDF's."""
 
-    name = "direct"
-    text = "the same pyfuse3 driver class as in UDF, mounted directly by stock pyfuse3"
+    def __init__(self, receive: str) -> None:
+        self._receive = receive
+        self.name = "direct" if receive == "pyfuse3" else "direct pump"
+        whose = "by stock pyfuse3" if receive == "pyfuse3" else "with the receive loop of UDF's driver host"
+        self.text = f"the same pyfuse3 driver class as in UDF, mounted directly {whose}"
 
     @contextlib.contextmanager
     def mounted(self, source: Path, at: Path) -> Iterator[Mount]:
@@ -124,6 +128,7 @@ class Direct(Peer):
             "source": str(source),
             "options": {"timeout": float(VALID_SECONDS)},
             "mountpoint": str(at),
+            "receive": self._receive,
         }
         with _served([sys.executable, str(Path(__file__).with_name("direct.py")), json.dumps(job)], at) as mount:
             yield mount
@@ -136,7 +141,8 @@ class Udf(Peer):
         self._daemon = daemon
         self._option = option
         self.name = f"UDF {option}"
-        self.text = f"udf mount -t passthrough -o {option}"
+        is_default = Spin(None).enabled == (option == "spin")
+        self.text = f"udf mount -t passthrough -o {option}" + (" (the default)" if is_default else "")
 
     def prepare(self, folder: Path) -> None:
         self._daemon.start(folder)
@@ -240,6 +246,7 @@ def _served(command: list[str], at: Path) -> Iterator[Mount]:
         stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is for us: we unmount first
         cwd="/",
+        env={**os.environ, "PYTHONPATH": str(TREE)},
     )
     assert process.stderr is not None
     try:

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 
 from tests.benchmarks import clients, lab, machine
-from tests.benchmarks.lab import DIRECT, SPIN, C, Lab
+from tests.benchmarks.lab import DIRECT, UDF, C, Lab
 from tests.benchmarks.report import Result, Series, Table, at_least, compared, median, micro, times
 
 BLOCK = 128 * 1024
@@ -58,6 +58,6 @@ def run(the_lab: Lab) -> Result:
         result.tables.append(table)
     result.notes.append("x direct, x C: ratios of time, less is faster")
     result.targets.append(
-        at_least(f"warm sequential read, speed of {SPIN} against C", compared(warm, C, SPIN), WARM_SHARE, " x")
+        at_least(f"warm sequential read, speed of {UDF} against C", compared(warm, C, UDF), WARM_SHARE, " x")
     )
     return result

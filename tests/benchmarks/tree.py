@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tests.benchmarks import machine
-from tests.benchmarks.lab import DIRECT, SPIN, C, Lab
+from tests.benchmarks.lab import DIRECT, UDF, C, Lab
 from tests.benchmarks.peers import UnavailableError
 from tests.benchmarks.report import Result, Series, Table, at_least, compared, median, times
 
@@ -77,8 +77,8 @@ def _add_tables(result: Result, series: dict[str, dict[str, Series]]) -> None:
             }
         result.tables.append(table)
         if state == "warm":
-            share = compared(both, C, SPIN)
-            result.targets.append(at_least(f"warm find + cat, speed of {SPIN} against C", share, WARM_SHARE, " x"))
+            share = compared(both, C, UDF)
+            result.targets.append(at_least(f"warm find + cat, speed of {UDF} against C", share, WARM_SHARE, " x"))
 
 
 def _make_tree(source: Path, files: int, the_lab: Lab) -> int:

@@ -75,7 +75,8 @@ class Daemon:
             return connection.call(method, **parameters)
 
     def mount(self, mountpoint: Path, driver: str = "hello", **parameters: Any) -> dict[str, Any]:
-        mountpoint.mkdir(exist_ok=True)
+        if find_mount(str(mountpoint)) is None:
+            mountpoint.mkdir(exist_ok=True)
         return self.call("Mount", driver=driver, mountpoint=str(mountpoint), **parameters)
 
     def status(self, mountpoint: Path) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Program:
             mountpoint = os.path.join(room, "mnt")
             self._listener = _listen(os.path.join(room, "link"), start["sandbox"])
             _cover_fusermount(room)
+            _cover_device()
             self._environment["PATH"] = f"{room}/bin:{self._environment.get('PATH', os.defpath)}"
         self._arguments = _arguments(start, mountpoint)
         self._errors, self._errors_write = os.pipe2(os.O_CLOEXEC)
@@ -239,3 +240,9 @@ def _cover_fusermount(room: str) -> None:
         if os.path.exists(path := os.path.join(directory, name))
     }:
         sys_.mount(standin, target, None, sys_.MS_BIND)
+
+
+def _cover_device() -> None:
+    # libfuse gives up when it cannot open the device, which not every user may; and no driver needs the real one.
+    if os.path.exists("/dev/fuse"):
+        sys_.mount(os.devnull, "/dev/fuse", None, sys_.MS_BIND)

@@ -26,6 +26,7 @@ from udf.host import libfuse_log
 from udf.host.guard import Guard
 from udf.host.load import instantiate, load_class
 from udf.host.pulse import Pulse, Supervisor
+from udf.host.pump import Pump
 
 FINISH_TIMEOUT = 2.0  # seconds for what a driver does at its orderly end
 
@@ -49,6 +50,7 @@ def run(control: socket.socket, link: int, packet: bytes) -> int:
     # Modes come from the programs that use the mount; and no module may be cached with such a mode from here on.
     sys.dont_write_bytecode = True
     os.umask(0)
+    Pump().install()
     try:
         # An existing descriptor as mountpoint: libfuse mounts nothing and takes no mount options.
         pyfuse3.init(Guard(operations, supervisor.report_fault), f"/dev/fd/{link}", set())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d{1,18})([KMGTP]?)(?:i?B)?\Z", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})([KMGTP]?)(?:i?B)?\Z", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

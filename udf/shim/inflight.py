@@ -90,7 +90,7 @@ Steps = Generator["Ask | Wait", "Answer", None]
 class Task:
     """A kernel request that takes several steps at the driver; each step's answer resumes the generator."""
 
-    __slots__ = ("asked", "cancelled", "op", "request", "steps", "unique")
+    __slots__ = ("asked", "op", "request", "steps", "unique")
 
     def __init__(self, unique: int, op: int, request: bytes, steps: Steps, started: float) -> None:
         self.unique = unique
@@ -98,4 +98,3 @@ class Task:
         self.request = request
         self.steps = steps
         self.asked = started  # when the step under way was sent
-        self.cancelled = False  # the kernel has its answer; the step's reply is only settled

@@ -256,8 +256,7 @@ class Service:
             return
         task = self.tasks.get(unique)
         if task is not None:
-            task.cancelled = True
-            self.end_task(task, error)
+            self.end_task(task, error)  # its steps go on, to note what they have changed
 
     def check_time(self, now: float) -> None:
         """Give up what is past its deadline or was interrupted."""

@@ -316,9 +316,8 @@ class Mount:
             case messages.LinkLost():
                 news.link_lost = True
             case messages.StateChange(state=state, text=text):
-                # The shim's own view; it can lower ours, never raise it. The reason words are ours.
-                if state == State.FAILED and self.instance.can(State.FAILED) and self.instance.state is State.ACTIVE:
-                    self.shim.note(_sentence(text))
+                # The shim's own view: it can lower ours, never raise it. A lost link has its own message and watcher.
+                if state == State.FAILED and not news.link_lost:
                     self._driver_failed(Reason.CONTRACT, _sentence(text))
             case messages.ShimFault(op=op, error=error):
                 self._fault(op, error)

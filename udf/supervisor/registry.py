@@ -6,6 +6,7 @@ do), or know how a request came in. Called by: control.py, daemon.py, private.py
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pwd
@@ -65,7 +66,8 @@ class Registry:
         self._reaper = reaper
         self._private_environment = private_environment
         self._mounts: dict[str, Mount] = {}  # by name, in the order of their start
-        self._reserved: set[str] = set()
+        self._names: set[str] = set()  # that are taken, also by what waits for its start
+        self._points: dict[str, tuple[MountPlan, sockets.Lock]] = {}  # mountpoints that are taken
         self._starting = trio.CapacityLimiter(MAX_STARTS)
         self._closing = False
 
@@ -92,20 +94,20 @@ class Registry:
         if own >= MAX_MOUNTS_OF_OTHERS and not rights.is_trusted(caller):
             raise UserError(f"you have {own} mounts, which is the most for one user: unmount some")
         plan = await self._plan(request, caller)
-        lock = self._reserve(plan)
+        # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
+        plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
+        self._reserve(plan)
         try:
             async with self._starting:
                 mount = Mount(plan, self.events, self._reaper)
                 self._mounts[plan.name] = mount
-                await self._nursery.start(self._run, mount, lock)
+                await self._nursery.start(self._run, mount)
         except BaseException:
-            self._forget(plan, lock)
+            self._forget(plan)
             raise
         return mount
 
-    async def _run(
-        self, mount: Mount, lock: sockets.Lock, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _run(self, mount: Mount, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             await mount.run(task_status=task_status)
         except Exception:
@@ -113,11 +115,10 @@ class Registry:
                 raise  # to who asked for it
             log.exception("%s: its supervision failed by our own mistake", mount.plan.name)
         finally:
-            self._forget(mount.plan, lock)
+            self._forget(mount.plan)
 
-    def _reserve(self, plan: MountPlan) -> sockets.Lock:
-        # Between the check of the path and this point somebody else may have mounted there: of two, one wins.
-        if plan.mountpoint in self._reserved:
+    def _reserve(self, plan: MountPlan) -> None:
+        if plan.mountpoint in self._points:
             raise BusyError(plan.mountpoint, f"{plan.mountpoint} is being mounted by another call: choose another one")
         lock = sockets.lock_mountpoint(plan.mountpoint)
         if lock is None:
@@ -126,17 +127,21 @@ class Registry:
         if there is not None:
             lock.release()
             raise BusyError(plan.mountpoint, f"{plan.mountpoint} is a mountpoint already ({there.fstype})")
-        self._reserved.add(plan.mountpoint)
-        return lock
+        self._points[plan.mountpoint] = (plan, lock)
+        self._names.add(plan.name)
 
-    def _forget(self, plan: MountPlan, lock: sockets.Lock) -> None:
+    def _forget(self, plan: MountPlan) -> None:
         """Give name and mountpoint back; harmless when that has been done."""
-        self._mounts.pop(plan.name, None)
-        self._release_point(plan.mountpoint, lock)
+        mount = self._mounts.get(plan.name)
+        if mount is None or mount.plan is plan:
+            self._mounts.pop(plan.name, None)
+            self._names.discard(plan.name)
+        self._free_point(plan)
 
-    def _release_point(self, mountpoint: str, lock: sockets.Lock) -> None:
-        if lock.is_held:
-            self._reserved.discard(mountpoint)
+    def _free_point(self, plan: MountPlan) -> None:
+        owner, lock = self._points.get(plan.mountpoint, (None, None))
+        if owner is plan and lock is not None:
+            del self._points[plan.mountpoint]
             lock.release()
 
     async def _plan(self, request: MountRequest, caller: Identity) -> MountPlan:
@@ -162,7 +167,7 @@ class Registry:
             log.warning("%s: %s", request.mountpoint, checked.cleaned)
         owner = run_as or Identity.own()
         return MountPlan(
-            name=self._name(request.name, checked.mountpoint),
+            name="",  # chosen when it is reserved
             mountpoint=checked.mountpoint,
             driver_name=driver.name,
             driver=driver.spec,
@@ -186,12 +191,12 @@ class Registry:
         if asked is not None:
             if not _NAME.fullmatch(asked):
                 raise UserError(f"{asked[:80]!r} is no name for a mount: letters, digits, '.', '_' and '-', at most 64")
-            if asked in self._mounts:
+            if asked in self._names:
                 raise UserError(f"a mount with the name {asked} exists: choose another name")
             return asked
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(mountpoint)).lstrip("._-")[:50] or "mount"
         name, number = base, 1
-        while name in self._mounts:
+        while name in self._names:
             number += 1
             name = f"{base}-{number}"
         return name
@@ -211,6 +216,8 @@ class Registry:
     async def unmount(self, mount: Mount, *, lazy: bool) -> None:
         """Unmount for an operator. BusyError when files are open."""
         await mount.unmount(Reason.OPERATOR, lazy=lazy)
+        if mount.is_lazy:
+            self._free_point(mount.plan)  # somebody else may mount there while this one still serves
 
     async def stop_all(self, hurry: trio.Event) -> None:
         """End every mount, the last one first. What is in use is unmounted lazily. Bounded in time.

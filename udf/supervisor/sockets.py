@@ -105,11 +105,6 @@ class Lock:
         except OSError:
             return "unknown"
 
-    @property
-    def is_held(self) -> bool:
-        """Whether it has not been released yet."""
-        return self._fd >= 0
-
     def release(self) -> None:
         """Remove the file while it is still locked, then let go."""
         if self._fd >= 0:
