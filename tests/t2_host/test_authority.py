@@ -79,7 +79,7 @@ def test_a_driver_has_no_descriptor_but_its_own(host: Host, drivers: Path) -> No
     # The link, the control socket, and what trio needs (epoll, a pair to be woken by).
     assert sorted(kind for kind in kinds[3:] if kind not in ("/proc/1/fd",))[:1] == ["anon_inode"]
     assert set(kinds[3:]) <= {"socket", "anon_inode", "pipe"} | {kind for kind in kinds if kind.startswith("/proc/")}
-    assert len(kinds) <= 12
+    assert len(kinds) <= 16
 
 
 def test_descriptors_of_the_supervisor_stay_with_it(drivers: Path, tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ def test_renames_obey_the_rules_of_posix(host: Host, drivers: Path) -> None:
     assert errno_of(host.link.rename, "directory", "x", ROOT, inner) == errno.EINVAL
     assert errno_of(host.link.rename, "file", "empty", flags=1) == errno.EEXIST
     assert errno_of(host.link.rename, "file", "empty", flags=2) == errno.EINVAL
+    assert errno_of(host.link.rename, "inner", "directory", directory, ROOT) == errno.ENOTEMPTY
     host.link.rename("directory", "empty")
     assert names(host) == ["empty", "file"]
 

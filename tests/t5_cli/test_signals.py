@@ -85,10 +85,18 @@ def unmount(udf: Command, mountpoint: Path) -> None:
 # ---- udf mount
 
 
+def shell_that_mounts(udf: Command, mountpoint: Path) -> list[str]:
+    """Stands for an interactive shell. (dash may take a Ctrl-C between two commands for one that never came.)"""
+    command = udf.argv("mount", "-t", "hello", mountpoint)
+    code = (
+        "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        f"subprocess.run({command!r}, check=True); print('mounted', flush=True); signal.pause()"
+    )
+    return [sys.executable, "-c", code]
+
+
 def test_mount_outlives_the_terminal_it_was_made_in(udf: Command, mountpoint: Path) -> None:
-    shell = ["sh", "-c", f"{sys.executable} -m udf mount -t hello {mountpoint} && echo mounted && read line"]
-    with terminal(shell) as window:
-        wait_for_mounts(mountpoint, 1)
+    with terminal(shell_that_mounts(udf, mountpoint)) as window:
         while b"mounted" not in os.read(window.master, 4096):
             pass
         window.close()
@@ -98,8 +106,7 @@ def test_mount_outlives_the_terminal_it_was_made_in(udf: Command, mountpoint: Pa
 
 
 def test_mount_outlives_ctrl_c_in_the_shell_it_was_made_in(udf: Command, mountpoint: Path) -> None:
-    shell = ["sh", "-c", f"{sys.executable} -m udf mount -t hello {mountpoint} && echo mounted && sleep 600"]
-    with terminal(shell) as window:
+    with terminal(shell_that_mounts(udf, mountpoint)) as window:
         while b"mounted" not in os.read(window.master, 4096):
             pass
         window.interrupt()

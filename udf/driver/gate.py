@@ -58,23 +58,9 @@ class Gate:
         if self._waiting:
             self._notify()
 
-    def is_taken(self, name: Hashable) -> bool:
-        """Whether an operation is about this name just now."""
-        return name in self._names
-
-    @asynccontextmanager
-    async def names(self, *names: Hashable) -> AsyncIterator[None]:
-        """Be the only one who works on these names."""
-        wanted = set(names)
-        while not self._names.isdisjoint(wanted):
-            await self._wait()
-        self._names |= wanted
-        try:
-            yield
-        finally:
-            self._names -= wanted
-            if self._waiting:
-                self._notify()
+    def names(self, *names: Hashable) -> _Names:
+        """Be the only one who works on these names: `async with`."""
+        return _Names(self, names)
 
     @asynccontextmanager
     async def frozen(self, *nodes: Node | None) -> AsyncIterator[None]:
@@ -106,3 +92,25 @@ class Gate:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+
+class _Names:
+    """Names being worked on. A class and not a generator: every lookup passes here."""
+
+    __slots__ = ("_gate", "_names")
+
+    def __init__(self, gate: Gate, names: tuple[Hashable, ...]) -> None:
+        self._gate = gate
+        self._names = names
+
+    async def __aenter__(self) -> None:
+        taken = self._gate._names
+        # All or none of them, so that two who want the same names cannot wait for each other.
+        while not taken.isdisjoint(self._names):
+            await self._gate._wait()
+        taken.update(self._names)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._gate._names.difference_update(self._names)
+        if self._gate._waiting:
+            self._gate._notify()

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing would cost the shim memory
     from typing import Literal
 
-NAME_UNIT = 16
+NAME_UNIT = 8
 NAME_MAX = 4095  # the kernel's FUSE_NAME_MAX since it lifts 1024 for max_pages > 1
 
 
@@ -84,7 +84,7 @@ class Slots:
 
 
 class Index:
-    """A linear hash: chains through a column, growing by one bucket for each entry, so that no insert is slow.
+    """A linear hash: chains through a column, growing by a bucket for every other entry, so that no insert is slow.
 
     The hash of an entry is asked for again when its bucket splits (*hash_of*), or kept in a column by the owner.
     """
@@ -115,7 +115,7 @@ class Index:
         self.chain[slot] = self.buckets[bucket]
         self.buckets[bucket] = slot
         self.count += 1
-        if self.count > self.base + self.split and 2 * self.base <= len(self.buckets):
+        if self.count > 2 * (self.base + self.split) and 2 * self.base <= len(self.buckets):
             self._grow()
 
     def remove(self, slot: int, hashed: int) -> None:
@@ -150,7 +150,7 @@ class Index:
 
 
 class Names:
-    """The name arena: names in whole 16-byte units, freed ones on lists by length; a reference is an int."""
+    """The name arena: names in whole 8-byte units, freed ones on lists by length; a reference is an int."""
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory

@@ -50,7 +50,6 @@ _CONTRACT = int(
     | Init.DONT_MASK
     | Init.HAS_IOCTL_DIR
     | Init.DO_READDIRPLUS
-    | Init.READDIRPLUS_AUTO
     | Init.ASYNC_DIO
     | Init.PARALLEL_DIROPS
     | Init.HANDLE_KILLPRIV_V2
@@ -145,6 +144,10 @@ def kernel_reply(offer: KernelOffer, terms: DriverTerms, *, exclusive: bool, acl
     """Return the body of the answer to the kernel's INIT: the contract of this mount for its whole life."""
     flags = _CONTRACT
     flags |= int(Init.EXPLICIT_INVAL_DATA) if exclusive else int(Init.AUTO_INVAL_DATA)
+    if terms.readdir:
+        # Else the driver is asked for READDIRPLUS anyway (pyfuse3 knows no other), and what it says of each entry
+        # is worth more in the kernel than thrown away.
+        flags |= int(Init.READDIRPLUS_AUTO)
     if acl:
         flags |= int(Init.POSIX_ACL)
     if locks:

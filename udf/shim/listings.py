@@ -28,7 +28,7 @@ _DIRENT = Struct("=QQII")
 _NO_ENTRY = bytes(ENTRY_OUT.size)
 _U64 = Struct("=Q")
 _CHUNK = 64 * 1024
-_KEPT_BYTES = 4 << 20  # all kept listings together
+_KEPT_BYTES = 2 << 20  # all kept listings together
 
 
 class ListingCache:

@@ -33,6 +33,7 @@ _MODE_NLINK = Struct("<II")  # attr offsets 60 and 64
 _INO = Struct("<Q")
 _ENTRY_HEAD = Struct("<QQQQII")  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec
 ENTRY_HEAD_SIZE = 40
+_MANY_LOOKUPS = 1 << 31
 FOREVER = 1 << 40  # seconds; a driver's time-out is cut to this before it becomes a float
 
 
@@ -224,6 +225,9 @@ class NodeTable:
             self.flags[slot] = ALIVE
             self._bind(slot, driver_id)
         self.driver_lookups[slot] += 1
+        if self.driver_lookups[slot] >= _MANY_LOOKUPS:  # of a name with no time-out, looked up for days
+            self.driver_lookups[slot] -= _MANY_LOOKUPS - 1
+            self.forgets.append((driver_id, _MANY_LOOKUPS - 1))
         if keep_forever:
             entry_until = attr_until = now + FOREVER
             entry_valid = attr_valid = FOREVER
