@@ -16,12 +16,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PR_SET_CHILD_SUBREAPER = 36
 SHORT = f"/tmp/udf-t{os.getpid()}-"  # ours alone: other test runs may share the machine
 GRACE = 15.0  # what ends by itself may take this long; it is waited for by event, not by sleep
+
+# A busy machine is no failure; what failed is printed so that it can be repeated.
+hypothesis.settings.register_profile("udf", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("udf")
 
 # Orphans become ours, so that whatever a test started is found below us however often it forked.
 ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

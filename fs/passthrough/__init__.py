@@ -68,8 +68,7 @@ class Passthrough(pyfuse3.Operations):
         self._nodes = Nodes(source)
         self._identity = calls.Identity()
         self._remote = calls.is_remote(self._nodes.root_fd)
-        self._umask = os.umask(0)
-        os.umask(self._umask)
+        self._umask = -1  # of the process; unknown, because the host sets it after this
         self._files: dict[int, Node] = {}
         self._listings: dict[int, Listing] = {}
 

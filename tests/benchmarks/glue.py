@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 from tests.benchmarks import clients, lab, machine
 from tests.benchmarks.lab import DIRECT, UDF, C, Lab
@@ -97,14 +98,11 @@ def run(the_lab: Lab) -> Result:
 def _open(stack: ExitStack, mount: Mount, name: str, has_own_cache: bool) -> _Bench:
     work = mount.path / f"work-{name.replace(' ', '-')}"
     work.mkdir()
-    fds = [
-        clients.open_random(mount.path / "big"),
-        os.open(mount.path / "names", os.O_RDONLY),
-        os.open(work, os.O_RDONLY),
-    ]
-    for fd in fds:
+    big = clients.open_random(mount.path / "big")
+    names, created = (os.open(path, os.O_RDONLY) for path in (mount.path / "names", work))
+    for fd in (big, names, created):
         stack.callback(os.close, fd)
-    return _Bench(mount, has_own_cache, *fds)
+    return _Bench(mount, has_own_cache, big, names, created)
 
 
 def _round(bench: _Bench, pages: list[int], names: list[str], pairs: int) -> None:
@@ -132,11 +130,11 @@ def _requests(the_lab: Lab, benches: dict[str, _Bench], names: list[str]) -> lis
             continue
         clients.drop_pages(bench.big)
         steps: dict[str, Callable[[], object]] = {
-            "cold read": lambda b=bench: clients.reads(b.big, pages),
-            "cold stat": lambda b=bench: clients.stats(b.names, names),
-            "create": lambda b=bench: clients.creates(b.work, [f"new-{n}" for n in pages]),
-            "warm read": lambda b=bench: clients.reads(b.big, pages),
-            "warm stat": lambda b=bench: clients.stats(b.names, names),
+            "cold read": partial(clients.reads, bench.big, pages),
+            "cold stat": partial(clients.stats, bench.names, names),
+            "create": partial(clients.creates, bench.work, [f"new-{number}" for number in pages]),
+            "warm read": partial(clients.reads, bench.big, pages),
+            "warm stat": partial(clients.stats, bench.names, names),
         }
         parts = []
         for key, step in steps.items():

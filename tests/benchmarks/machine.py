@@ -159,6 +159,10 @@ class RequestCounter:
                 counts[(name or number).decode()] += 1
 
 
+def _detach(point: Path) -> None:
+    subprocess.run(["umount", "-l", point], check=False, capture_output=True)
+
+
 @contextlib.contextmanager
 def request_counter() -> Iterator[RequestCounter | str]:
     """A counter, or the reason why there is none."""
@@ -171,7 +175,7 @@ def request_counter() -> Iterator[RequestCounter | str]:
                 root = Path(tempfile.mkdtemp(prefix="udf-bench-tracing-"))
                 stack.callback(os.rmdir, root)  # never a tree: it would be the kernel's
                 subprocess.run(["mount", "-t", "tracefs", "tracefs", root], check=True, capture_output=True)
-                stack.callback(subprocess.run, ["umount", "-l", root], check=False, capture_output=True)
+                stack.callback(_detach, root)
             instance = root / "instances" / f"udf-bench-{os.getpid()}"
             instance.mkdir()
             stack.callback(instance.rmdir)

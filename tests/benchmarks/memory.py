@@ -69,11 +69,10 @@ def _at_rest(result: Result, mount: Mount) -> None:
 def _per_node(result: Result, the_lab: Lab, mount: Mount) -> None:
     shim, driver = mount.processes["shim"][0], mount.processes["driver"][-1]
     folders = sorted(path for path in mount.path.iterdir() if path.is_dir())
-    _stat_all(folders[0])  # what is allocated once must not count for the nodes
+    _stat_all(folders[:1])  # what is allocated once must not count for the nodes
     before = machine.memory(shim), machine.memory(driver), the_lab.daemon.status(mount.path)["counters"]["nodes"]
     start = time.perf_counter()
-    for folder in folders[1:]:
-        _stat_all(folder)
+    clients.together(CLIENTS, lambda number: _stat_all(folders[1 + number :: CLIENTS]))
     seconds = time.perf_counter() - start
     after = machine.memory(shim), machine.memory(driver), the_lab.daemon.status(mount.path)["counters"]["nodes"]
     known = after[2] - before[2]
@@ -88,18 +87,20 @@ def _per_node(result: Result, the_lab: Lab, mount: Mount) -> None:
     result.targets.append(at_most("the shim for each node", each, NODE_LIMIT, " bytes"))
 
 
-def _stat_all(folder: Path) -> None:
+def _stat_all(folders: list[Path]) -> list[float]:
     """Stat by name, without listing: a listing would make itself a place in the caches."""
-    number = 0
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        while True:
-            os.stat(f"name-{number:06}", dir_fd=directory)
-            number += 1
-    except FileNotFoundError:
-        pass
-    finally:
-        os.close(directory)
+    for folder in folders:
+        number = 0
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            while True:
+                os.stat(f"name-{number:06}", dir_fd=directory)
+                number += 1
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(directory)
+    return []
 
 
 def _growth(result: Result, the_lab: Lab, mount: Mount, wanted: int) -> None:
@@ -150,7 +151,7 @@ def _mixed(root: Path, repeat: int) -> Callable[[int], list[float]]:
             if path.exists():
                 raise RuntimeError(f"{path} is still there")
             clients.drop_pages(big)
-            clients.reads(big, [(number * 1000 + turn * 10 + page) % 4096 for page in range(10)])
+            clients.reads(big, [(number * 1000 + turn * 40 + page) % 4096 for page in range(40)])
         os.close(big)
         return []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def image(source: Path, kind: str) -> Path:
         ("zip", "fuse-zip -f -r {source} {mountpoint}"),
         ("iso", "fuseiso {source} {mountpoint}"),
         ("iso", "fuseiso {source} {mountpoint} -f"),
+        ("tree", "sshfs -o ssh_command={work}/ssh host:{source} {mountpoint}"),
         ("ext4", "fuse2fs -f -o ro,fakeroot {source} {mountpoint}"),
         ("tree", "fuse-overlayfs -f -o lowerdir={source},upperdir={work}/up,workdir={work}/tmp {mountpoint}"),
     ],
@@ -68,6 +70,8 @@ def test_a_program_is_served(host: Host, source: Path, kind: str, command: str) 
     work = source.parent
     (work / "up").mkdir()
     (work / "tmp").mkdir()
+    (work / "ssh").write_text("#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n")
+    (work / "ssh").chmod(0o755)
     origin = source if kind == "tree" else image(source, kind)
     host.start(command=command.replace("{work}", str(work)), source=str(origin), sandbox={"keep_paths": [str(work)]})
     options = host.ready().mount_options
@@ -86,6 +90,27 @@ def test_a_program_is_served(host: Host, source: Path, kind: str, command: str) 
     host.wait()
     for pid in family:
         wait_for_end(pid)
+
+
+def test_an_unmodified_pyfuse3_program_is_served(host: Host, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, stat, errno, pyfuse3, trio\n"
+        "class One(pyfuse3.Operations):\n"
+        "    async def lookup(self, parent, name, ctx=None):\n"
+        "        entry = pyfuse3.EntryAttributes()\n"
+        "        entry.st_ino, entry.st_mode = 2, stat.S_IFREG | 0o644\n"
+        "        return entry\n"
+        "    async def open(self, inode, flags, ctx): return pyfuse3.FileInfo(fh=inode)\n"
+        "    async def read(self, fh, offset, size): return b'one'\n"
+        "pyfuse3.init(One(), sys.argv[1], {'fsname=one', *pyfuse3.default_options})\n"
+        "trio.run(pyfuse3.main)\n"
+    )
+    host.start(command=f"{sys.executable} {program} {{mountpoint}}", sandbox={"keep_paths": [str(tmp_path)]})
+    assert host.ready().mount_options["fsname"] == "one"
+    host.link.init()
+    node = host.link.lookup("file")["nodeid"]
+    assert host.link.read(node, host.link.open(node)) == b"one"
 
 
 def test_the_link_is_only_the_programs(host: Host, source: Path) -> None:

@@ -47,6 +47,7 @@ class TreeMachine(RuleBasedStateMachine):
         node = self.paths.pop(path)
         directory, _, name = path.rpartition("/")
         assert self.tree.unbind(self.paths[directory or "/"], name) is node
+        self.drop_unknown()
 
     @precondition(lambda self: len(self.paths) > 1)
     @rule(data=st.data(), name=NAMES)
@@ -62,6 +63,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.paths.pop(new, None)
         for path in [p for p in self.paths if p == old or p.startswith(old + "/")]:
             self.paths[new + path[len(old) :]] = self.paths.pop(path)
+        self.drop_unknown()
 
     @precondition(lambda self: bool(self.counts))
     @rule(data=st.data())
@@ -69,6 +71,9 @@ class TreeMachine(RuleBasedStateMachine):
         nodes = sorted(self.counts, key=lambda node: node.id)
         node = data.draw(st.sampled_from(nodes))
         self.tree.forget(node.id, self.counts.pop(node))
+        self.drop_unknown()
+
+    def drop_unknown(self) -> None:
         for path in sorted(self.paths, key=len, reverse=True):
             # What nobody counts and nothing lies below is not known any more.
             there = self.paths[path]
@@ -85,7 +90,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert len(self.tree) == len({node.id for node in (*self.paths.values(), *self.counts)})
 
 
-TreeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TreeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestTree = TreeMachine.TestCase
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from udf.fuse.mountinfo import Mount, find_mount
-from udf.supervisor.client import Connection, NoSupervisorError
+from udf.supervisor.client import Connection
 
 ROOT = Path(__file__).resolve().parents[2]
 CAN_MOUNT = os.path.exists("/dev/fuse") and os.geteuid() == 0
 needs_fuse = pytest.mark.skipif(not CAN_MOUNT, reason="needs /dev/fuse and root")
 PATIENCE = 30.0
 
-_DAEMON = """
+DAEMON_PROGRAM = """
 import sys
 from pathlib import Path
 from udf.errors import UserError
@@ -32,7 +32,7 @@ try:
 except UserError as error:
     sys.exit(f"udf: {error}")
 """
-_PRIVATE = """
+PRIVATE_PROGRAM = """
 import json, sys
 from pathlib import Path
 from udf.errors import UserError
@@ -58,12 +58,17 @@ def start(
     )
 
 
+def start_private(request: str, rundir: str) -> subprocess.Popen[str]:
+    """`udf mount -f`."""
+    return start(PRIVATE_PROGRAM, request, rundir)
+
+
 class Daemon:
     """A running `udf daemon` of its own."""
 
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
         self.path = directory / "run" / "control"
-        self.process = start(_DAEMON, str(self.path), str(directory / "run"), environment=environment)
+        self.process = start(DAEMON_PROGRAM, str(self.path), str(directory / "run"), environment=environment)
         self._log: str | None = None
 
     def connect(self) -> Connection:
@@ -116,6 +121,3 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-__all__ = ["CAN_MOUNT", "_PRIVATE", "Daemon", "NoSupervisorError", "is_alive", "mounted_at", "needs_fuse", "start"]

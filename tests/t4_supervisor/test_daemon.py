@@ -216,7 +216,6 @@ def test_a_client_that_leaves_while_it_mounts_leaves_nothing(daemon: Daemon, mnt
             connection._send("Mount", {"driver": str(slow), "mountpoint": str(mnt)}, more=False)
             while not seen:
                 seen += next(events)["events"]  # it has begun
-                print(seen, file=__import__("sys").stderr)
         while (seen[-1]["kind"], seen[-1]["state"]) != ("mount", "GONE"):
             seen += next(events)["events"]
     assert seen[-1]["text"] == "given up while it started"

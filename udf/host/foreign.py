@@ -12,6 +12,7 @@ as its mountpoint instead, which libfuse 3 understands.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -32,7 +33,8 @@ _FUSERMOUNT_DIRECTORIES = ("/usr/bin", "/bin", "/usr/local/bin", "/usr/sbin", "/
 _COVERS = ("/sys/fs/fuse/connections", "/mnt", "/media", "/srv", "/opt", "/home")
 _MAX_REQUEST = 64 * 1024
 _MAX_LINE = 2000
-_STANDIN_TIMEOUT = 10.0
+_MAX_CHUNKS = 16
+_STANDIN_TIMEOUT = 2.0  # heartbeats wait as long; the stand-in is quick
 
 
 class Program:
@@ -59,6 +61,8 @@ class Program:
             _cover_device()
             self._environment["PATH"] = f"{room}/bin:{self._environment.get('PATH', os.defpath)}"
         self._arguments = _arguments(start, mountpoint)
+        # What libfuse says as root at its end: the mount is not its own, and there is nothing to be done about it.
+        self._expected = f"fuse: failed to unmount {mountpoint}: {os.strerror(errno.EPERM)}\n".encode()
         self._errors, self._errors_write = os.pipe2(os.O_CLOEXEC)
 
     def execute(self) -> NoReturn:
@@ -121,7 +125,7 @@ class Program:
             self._send({"t": "failed", "error": f"{name} {how} before it mounted{said}"})
 
     def _pass_errors(self) -> None:
-        while True:
+        for _ in range(_MAX_CHUNKS):  # a program that never stops talking must not keep us from the rest
             try:
                 data = os.read(self._errors, 65536)
             except BlockingIOError:
@@ -131,14 +135,13 @@ class Program:
                     self._poll.unregister(self._errors)
                     self._poll = None
                 return
+            data = data.replace(self._expected, b"")
             tail = (self._last_line + data).rstrip(b"\n")
             self._last_line = tail.rpartition(b"\n")[2][-_MAX_LINE:] + (b"\n" if data.endswith(b"\n") else b"")
             try:
                 os.write(2, data)
             except OSError:
                 pass  # nobody reads our log any more
-            if len(data) < 65536:
-                return
 
     def _read_control(self) -> None:
         try:
@@ -153,7 +156,10 @@ class Program:
             is_stop = json.loads(packet).get("t") == "stop"
         except (ValueError, AttributeError):
             return
-        if is_stop:
+        # The shim has closed its end: the program sees that and finishes what it has in memory (fuse-zip writes its
+        # archive now), with libfuse's signal handlers already taken away, so that a SIGTERM would cut it off.
+        # The supervisor sends one when its patience ends.
+        if is_stop and self._link is not None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _serve_standin(self, listener: socket.socket) -> None:

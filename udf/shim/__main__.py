@@ -104,7 +104,9 @@ def make_mount(config: Config) -> int:
             raise
         return device
     except MountError as error:
-        raise StartFailed(str(error), error.errno or errno.EIO) from None
+        raise StartFailed(
+            str(error).removeprefix(f"cannot mount on {config.mountpoint}: "), error.errno or errno.EIO
+        ) from None
     except OSError as error:
         raise StartFailed(error.strerror or str(error), error.errno or errno.EIO) from None
 

@@ -41,7 +41,6 @@ BODY = IN_HEADER.size
 _U32 = Struct("=I")
 _U64 = Struct("=Q")
 _ATTR_HEAD = Struct("=QI4x")
-_MODE_AT = ATTR_OUT.offset("attr.mode")
 _STATX_INO_AT = STATX_OUT.offset("stat.ino")
 _STATX_MODE_AT = STATX_OUT.offset("stat.mode")
 _IOCTL_LIMIT = 64 * 1024
@@ -74,10 +73,10 @@ _NAME_AT = {
 _NEGATIVES = 4096
 
 
-def remember_negative(s: Service, slot: int, name: bytes, until: float) -> None:
-    """Note that there is no *name* in *slot*; the oldest of too many goes."""
+def remember_negative(s: Service, node_id: int, name: bytes, until: float) -> None:
+    """Note that there is no *name* in a directory; the oldest of too many goes."""
     negatives = s.nodes.negatives
-    negatives[slot, name] = until
+    negatives[node_id, name] = until
     if len(negatives) > _NEGATIVES:
         del negatives[next(iter(negatives))]
 
@@ -113,7 +112,7 @@ def _lookup(s: Service, pending: Pending, size: int) -> int:
         name = name_in(pending)
         valid = min(_U64.unpack_from(buffer, OUT + 16)[0], FOREVER)
         if valid or s.exclusive:
-            remember_negative(s, pending.slot, name, monotonic() + (FOREVER if s.exclusive else valid))
+            remember_negative(s, pending.node_id, name, monotonic() + (FOREVER if s.exclusive else valid))
         gone = s.nodes.unlink(pending.slot, name)
         if gone:
             s.nodes.release(gone)
@@ -147,10 +146,10 @@ def _created(s: Service, pending: Pending, size: int) -> int:
     name = name_in(pending)
     driver_handle, fopen, _ = OPEN_OUT.unpack_from(buffer, OUT + ENTRY_OUT.size)
     slot = _enter(s, pending, name)
-    if pending.op == Opcode.TMPFILE:
-        s.nodes.unlink(pending.slot, name)  # its name was only the request's
     flags = _U32.unpack_from(pending.request, BODY)[0]
     handle = add_handle(s, pending, slot, flags, driver_handle, False, fopen)
+    if pending.op == Opcode.TMPFILE:  # open, so that a LINK of it finds the same node
+        s.nodes.unlink(pending.slot, name)  # its name was only the request's
     buffer[OUT + ENTRY_OUT.size : size] = open_reply(s, handle, fopen & FOPEN_ALLOWED)
     return size
 
@@ -185,7 +184,7 @@ def _attributes(s: Service, pending: Pending, size: int) -> int:
     nodes = s.nodes
     slot = pending.slot
     valid, nanoseconds = _ATTR_HEAD.unpack_from(buffer, OUT)
-    nodes.check_mode(slot, _U32.unpack_from(buffer, OUT + _MODE_AT)[0])
+    nodes.check_attr(slot, buffer, OUT + 16)
     if nanoseconds > 999_999_999:
         raise BadReply("an impossible attribute time-out")
     if s.exclusive:
@@ -234,7 +233,7 @@ def _renamed(s: Service, pending: Pending, size: int) -> int:
         s.nodes.exchange(pending.slot, name, new_parent, new_name)
     else:
         s.nodes.move(pending.slot, name, new_parent, new_name)
-    s.nodes.negatives.pop((new_parent, new_name), None)
+    s.nodes.negatives.pop((s.nodes.node_id(new_parent), new_name), None)
     return size
 
 

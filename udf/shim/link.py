@@ -8,6 +8,7 @@ beyond the header's length and id.
 from __future__ import annotations
 
 import os
+import select
 from collections import deque
 from collections.abc import Callable, Container
 
@@ -40,9 +41,12 @@ class Link:
         self._queued = 0
         self.wants_writable: Callable[[bool], None] = _ignore  # told when there is a queue to flush, or none any more
         self._partial: bytearray | None = None
+        self._given_up = False
 
     def send(self, message: memoryview | bytes | bytearray) -> None:
         """Send one message, or queue it. A closed link swallows it: the end of file tells, once."""
+        if self._given_up:
+            return
         if self._queue:
             self._enqueue(message)
             return
@@ -91,11 +95,11 @@ class Link:
             self.send(IN_HEADER.pack(IN_HEADER.size + len(body), Opcode.BATCH_FORGET, 0, 0, 0, 0, 0, 0) + body)
 
     def receive(self, known: Container[int]) -> int:
-        """Receive one message into `buffer` and return its length; 0 if there is none (yet).
+        """Receive one message into `buffer` and return its length; 0 if there is none (yet), -1 for an empty packet.
 
         A packet shorter than its header says is the beginning of a reply in several packets. It is waited for only
-        as long as no packet comes that is a whole reply to a request in *known*: then the beginning was garbage, and
-        `broken` takes it. Raises LinkClosed.
+        as long as no packet comes that is (the beginning of) a reply to a request in *known*: then what follows cannot
+        be told apart any more, and `take_broken` takes it. Raises LinkClosed.
         """
         try:
             size = os.readv(self.fd, self._buffers)
@@ -104,6 +108,8 @@ class Link:
         except OSError as error:
             raise LinkClosed(str(error)) from error
         if size == 0:
+            if not self._hung_up():
+                return -1
             raise LinkClosed("the driver closed its link")
         if self._partial is None:
             if size >= OUT_HEADER.size:
@@ -120,8 +126,8 @@ class Link:
         wanted = int.from_bytes(partial[:4], "little")
         if size >= OUT_HEADER.size:
             length, _, unique = OUT_HEADER.unpack_from(self.buffer)
-            if length == size and (not unique or unique in known):
-                return size  # a whole message: if it is a reply, the caller gives up the other one
+            if (length == size and not unique) or (size <= length < BUFFER_SIZE and unique in known):
+                return size  # a message of its own: if it is a reply, the caller gives up the other one
         if len(partial) + size > wanted:
             return size
         partial += self.view[:size]
@@ -130,6 +136,12 @@ class Link:
         self.buffer[:wanted] = partial
         self._partial = None
         return wanted
+
+    def _hung_up(self) -> bool:
+        """Whether the other end is closed; the end of file looks like an empty packet."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def take_broken(self) -> int | None:
         """Give up a reply that never became whole; returns the id it was for."""
@@ -143,6 +155,13 @@ class Link:
     def incomplete(self) -> bool:
         """Whether a reply in several packets is being waited for."""
         return self._partial is not None
+
+    def give_up(self) -> None:
+        """Send nothing any more: the driver is gone, or does not read."""
+        self._given_up = True
+        self._queue.clear()
+        self._queued = 0
+        self._partial = None
 
     def close(self) -> None:
         """Close our end."""

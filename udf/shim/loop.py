@@ -161,12 +161,14 @@ class Loop:
     def _from_driver(self, event: int) -> None:
         s = self.s
         link = s.link
+        if not s.alive:
+            return  # lost by what came before this event in the same batch
         if event & _OUT:
             link.flush()
         if not event & (_IN | _HUP | _ERR):
             return
         try:
-            size = link.receive(s.waiting)
+            size = link.receive(s.expected)
             if size:
                 replies.on_message(s, link, size)
         except LinkClosed as closed:

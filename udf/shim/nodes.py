@@ -79,7 +79,7 @@ class NodeTable:
         self._names = Names(memory.bytes(NAMES_SIZE))
         self.generation = 1
         self.forgets: list[tuple[int, int]] = []
-        self.negatives: dict[tuple[int, bytes], float] = {}
+        self.negatives: dict[tuple[int, bytes], float] = {}  # by node id: a slot's next node must not inherit them
         root = self._slots.take()
         assert root == ROOT
         self.flags[root] = ALIVE
@@ -175,8 +175,12 @@ class NodeTable:
         self.version[slot] = (self.version[slot] + 1) & 0xFFFFFFFF
 
     def keep_attr(self, slot: int, buffer: bytearray, at: int, until: float) -> None:
-        """Take the attributes at *at*, with the inode number that programs first saw put into *buffer* too."""
+        """Take the attributes at *at*, with the inode number that programs first saw put into *buffer* too.
+
+        Their flags are what some drivers leave uninitialised, and to the kernel they mean mounts and DAX.
+        """
         start = slot * ATTR_SIZE
+        buffer[at + 84 : at + 88] = _NO_FLAGS
         if self.mode(slot):
             buffer[at : at + 8] = self.attrs[start : start + 8]
         self.attrs[start : start + ATTR_SIZE] = buffer[at : at + ATTR_SIZE]
@@ -191,6 +195,26 @@ class NodeTable:
         """Note what the driver has just been made to set."""
         at = slot * ATTR_SIZE + 60
         self.attrs[at : at + 4] = mode.to_bytes(4, "little")
+
+    def check_attr(self, slot: int, buffer: bytearray, at: int) -> None:
+        """Raise BadEntry when the attributes at *at* cannot be those of *slot*.
+
+        For the kernel a negative size or another type makes the inode bad for ever.
+        """
+        if buffer[at + 15] & 0x80:
+            raise BadEntry("a negative file size")
+        self.check_mode(slot, _MODE_NLINK.unpack_from(buffer, at + 60)[0])
+
+    def _check_no_circle(self, slot: int, parent: int) -> None:
+        """Raise BadEntry when *parent* is below *slot*: they would keep each other for ever."""
+        at = parent
+        while at != ROOT:
+            if at == slot:
+                raise BadEntry("a directory is below itself")
+            link = self.first_link[at]
+            if not link:
+                return
+            at = self.link_parent[link]
 
     def check_mode(self, slot: int, mode: int) -> None:
         """Raise BadEntry when *mode* cannot be the mode of *slot*."""
@@ -214,11 +238,13 @@ class NodeTable:
         """
         driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns = _ENTRY_HEAD.unpack_from(buffer, at)
         attr_at = at + ENTRY_HEAD_SIZE
-        mode = _MODE_NLINK.unpack_from(buffer, attr_at + 60)[0]
         slot = self.by_driver(driver_id)
         if slot == ROOT or entry_ns > 999_999_999 or attr_ns > 999_999_999:
             raise BadEntry("an entry names the root or has an impossible time-out")
-        self.check_mode(slot, mode)
+        self.check_attr(slot, buffer, attr_at)
+        first = self.first_link[slot]
+        if first and self.link_parent[first] != parent and self.mode(slot) & 0o170000 == stat.S_IFDIR:
+            self._check_no_circle(slot, parent)
         if not slot:
             slot = self._slots.take()
             self.incarnation[slot] = (self.incarnation[slot] + 1) & 0xFFFFFFFF
@@ -260,7 +286,7 @@ class NodeTable:
     def set_link(self, parent: int, name: bytes, slot: int, until: float) -> None:
         """Make *name* in *parent* mean *slot*; a directory loses the name that it had elsewhere."""
         if self.negatives:
-            self.negatives.pop((parent, name), None)
+            self.negatives.pop((self.node_id(parent), name), None)
         link = self.link(parent, name)
         if link:
             known = self.link_node[link]
@@ -293,7 +319,8 @@ class NodeTable:
         if not link:
             return 0
         slot: int = self.link_node[link]
-        last = _MODE_NLINK.unpack_from(self.attrs, slot * ATTR_SIZE + 60)[1] <= 1
+        mode, links = _MODE_NLINK.unpack_from(self.attrs, slot * ATTR_SIZE + 60)
+        last = links <= 1 or mode & 0o170000 == stat.S_IFDIR
         self._remove_link(link)
         self.touch(slot)
         if last and not self.first_link[slot] and not self.opens[slot]:
@@ -332,7 +359,7 @@ class NodeTable:
 
     def expire(self, parent: int, name: bytes) -> None:
         """Say that *name* in *parent* must be looked up again."""
-        self.negatives.pop((parent, name), None)
+        self.negatives.pop((self.node_id(parent), name), None)
         link = self.link(parent, name)
         if link:
             self._link_until[link] = 0.0
@@ -410,6 +437,7 @@ class NodeTable:
 
 
 _NO_ATTR = bytes(ATTR_SIZE)
+_NO_FLAGS = bytes(4)
 _KINDS = frozenset((stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 
 

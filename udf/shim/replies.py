@@ -68,7 +68,7 @@ _ERRNOS = frozenset(errno.errorcode)
 def on_message(s: Service, link: Link, size: int) -> None:
     """Take the message of *size* bytes in the link's buffer: a reply, an answer to us, or a notification."""
     if size < OUT:
-        s.fault(0, "garbage", f"a message of {size} bytes, shorter than any header")
+        s.fault(0, "garbage", f"a message of {max(size, 0)} bytes, shorter than any header")
         return
     length, error, unique = _REPLY_HEAD.unpack_from(link.buffer)
     if not unique:
@@ -118,6 +118,10 @@ def _broken(s: Service, link: Link) -> None:
     if pending is not None:
         s.fault(pending.op, "BadReply", "a reply that is shorter than it says")
         s.answer_error(unique, errno.EIO)
+    task = s.asks.pop(unique, None)
+    if task is not None:
+        s.fault(task.op, "BadReply", "an answer that is shorter than it says")
+        s.resume(task, (errno.EIO, b""))
 
 
 def give_up_broken(s: Service, link: Link) -> None:
@@ -191,7 +195,7 @@ def _failed(s: Service, pending: Pending, unique: int, error: int) -> None:
             s.answer(unique, open_reply(s, handle, 0), by="driver")
             return
     elif number in (errno.EEXIST, errno.ESTALE) and op in ENTRY_OPS:
-        s.nodes.negatives.pop((pending.slot, name_in(pending)), None)
+        s.nodes.negatives.pop((pending.node_id, name_in(pending)), None)
     elif number == errno.ENOENT:
         if op == Opcode.LOOKUP:
             name = name_in(pending)
@@ -199,7 +203,7 @@ def _failed(s: Service, pending: Pending, unique: int, error: int) -> None:
             if gone:
                 s.nodes.release(gone)
             if s.exclusive:
-                remember_negative(s, pending.slot, name, monotonic() + FOREVER)
+                remember_negative(s, pending.node_id, name, monotonic() + FOREVER)
                 s.answer(unique, negative(FOREVER), by="driver")
                 return
         elif op in (Opcode.UNLINK, Opcode.RMDIR):

@@ -53,7 +53,7 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.answer(unique, s.nodes.pack_entry(child, s.nodes.link(slot, name), now), by="cache")
         return
     if s.nodes.negatives:
-        until = s.nodes.negatives.get((slot, name))
+        until = s.nodes.negatives.get((node_id, name))
         if until is not None and until > now:
             s.counters.negative_hits += 1
             s.answer(unique, negative(until - now), by="cache")

@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import traceback
+from collections import ChainMap
 from collections.abc import Callable
 from struct import Struct
 from time import monotonic
@@ -80,6 +81,7 @@ class Service:
         self.late: dict[int, Pending] = {}
         self.tasks: dict[int, Task] = {}
         self.asks: dict[int, Task | None] = {}
+        self.expected = ChainMap[int, object](self.waiting, self.asks, self.late)  # type: ignore[arg-type]
         self.opening: dict[int, list[Task]] = {}
         self.interrupted: dict[int, float] = {}
         self.refused: dict[int, int] = {}  # opcode -> errno that we answer without asking the driver again
@@ -192,7 +194,9 @@ class Service:
         try:
             step = task.steps.send(answer)  # type: ignore[arg-type]  # the first send of a generator takes None
         except StopIteration:
-            self.tasks.pop(task.unique, None)
+            # Its last step may have made another task of the same request: that one stays.
+            if self.tasks.get(task.unique) is task:
+                del self.tasks[task.unique]
             return
         except Refuse as refusal:
             self.end_task(task, refusal.errno)
@@ -208,7 +212,8 @@ class Service:
 
     def end_task(self, task: Task, error: int) -> None:
         """Answer a task's request with *error*, unless it has been answered."""
-        if self.tasks.pop(task.unique, None) is not None:
+        if self.tasks.get(task.unique) is task:
+            del self.tasks[task.unique]
             self.interrupted.pop(task.unique, None)
             self.answer_error(task.unique, error)
 
@@ -290,6 +295,7 @@ class Service:
         if not self.alive:
             return
         self.alive = False
+        self.link.give_up()
         pending = len(self.waiting) + len(self.tasks)
         for unique in list(self.waiting):
             del self.waiting[unique]

@@ -85,7 +85,6 @@ def again(s: Service, unique: int, node_id: int, request: bytes) -> None:
     """Handle a kernel request once more, now that what it needs is there."""
     if s.tasks.pop(unique, None) is None:
         return  # answered meanwhile: interrupted, or past its deadline
-    s.interrupted.pop(unique, None)
     s.dispatch(IN_HEADER.unpack_from(request)[1], unique, node_id, memoryview(bytearray(request)))
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
 from udf import messages
 from udf.supervisor import paths, spawn
+from udf.supervisor.bell import Bell
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.output import printable
 from udf.supervisor.plan import HEARTBEAT, BusyError, MountPlan, StartFailedError
@@ -60,12 +59,13 @@ class Mount:
         self.instance = Instance(plan.name, "mount", events, needs=[self.driver, self.shim])
         self.generation = 1
         self.faults = 0
+        self.was_started = False  # whether it could ever be used
         self.trace = TraceFeed(self._set_trace)
         self.ended = trio.Event()
         self._reaper = reaper
-        self._changed = trio.Event()
-        self._host = Process(self.driver, messages.decode_from_host, self._wake)
-        self._shim = Process(self.shim, messages.decode_from_shim, self._wake)
+        self._bell = Bell()
+        self._host = Process(self.driver, messages.decode_from_host, self._bell.ring)
+        self._shim = Process(self.shim, messages.decode_from_shim, self._bell.ring)
         self._news = _ShimNews()
         self._ready: messages.Ready | None = None
         self._host_failed: str | None = None
@@ -73,7 +73,6 @@ class Mount:
         self._asked_to_mount = False
         self._stopping: Reason | None = None
         self._ending = False
-        self._started = False
         self._unmounting = trio.Lock()
         self._device = -1  # a duplicate of the shim's /dev/fuse: a restarted shim will continue with it
         self._counters_id = 0
@@ -82,11 +81,6 @@ class Mount:
     def is_lazy(self) -> bool:
         """Whether it is out of the tree already and only serves what is still open."""
         return self._news.detached
-
-    @property
-    def was_started(self) -> bool:
-        """Whether it could ever be used."""
-        return self._started
 
     @property
     def is_gone(self) -> bool:
@@ -107,11 +101,14 @@ class Mount:
                         problem = self._too_slow()
                     if problem is None:
                         self._activate()
-                        self._started = True
+                        self.was_started = True
                         task_status.started()
                         nursery.start_soon(self._watch_host)
                         nursery.start_soon(self._watch_heartbeats)
-                        await self._until(lambda: self._shim.over or self._shim.broken is not None)
+                        await self._bell.until(
+                            lambda: self._shim.over or self._shim.broken is not None or self._news.unmounted
+                        )
+                        await self._bell.within(TERM_GRACE, lambda: self._shim.over)
                 finally:
                     with trio.CancelScope(shield=True):
                         await self._tear_down(problem)
@@ -123,28 +120,25 @@ class Mount:
             raise problem
 
     async def _start(self, nursery: trio.Nursery) -> StartFailedError | None:
+        plan = self.plan
         shim_end, driver_end = spawn.link_pair()
         with shim_end, driver_end:
-            await nursery.start(self._shim.run, self._start_shim, self._on_shim, self._reaper)
-            await nursery.start(self._host.run, self._start_host, self._on_host, self._reaper)
-            await self._host.send(self.plan.start_message(), [driver_end.fileno()])
+            self._shim.start(lambda control, output: spawn.start_shim(plan.name, control, output, plan.shim_as))
+            nursery.start_soon(self._shim.run, self._on_shim, self._reaper)
+            self._host.start(lambda control, output: spawn.start_host(plan.name, control, output, plan.environment))
+            nursery.start_soon(self._host.run, self._on_host, self._reaper)
+            await self._host.send(plan.start_message(), [driver_end.fileno()])
             driver_end.close()  # the driver's end is the driver's alone, so that its death is seen on the other one
             self.driver.note("waiting for ready")
-            await self._until(lambda: self._ready is not None or self._host_trouble() or self._shim_trouble())
+            await self._bell.until(lambda: self._ready is not None or self._host_trouble() or self._shim_trouble())
             if self._ready is None:
                 return self._could_not_start()
             self.driver.note("serving")
             self.shim.note("waiting for the driver's first answer, then mounting")
             self._asked_to_mount = True
-            await self._shim.send(self.plan.mount_message(self._ready), [shim_end.fileno()])
-        await self._until(lambda: self._news.mounted or self._shim_trouble() or self._host_trouble())
+            await self._shim.send(plan.mount_message(self._ready), [shim_end.fileno()])
+        await self._bell.until(lambda: self._news.mounted or self._shim_trouble() or self._host_trouble())
         return None if self._news.mounted and not self._shim_trouble() else self._could_not_start()
-
-    def _start_shim(self, control: socket.socket, output: int) -> spawn.Child:
-        return spawn.start_shim(self.plan.name, control, output, self.plan.shim_as)
-
-    def _start_host(self, control: socket.socket, output: int) -> spawn.Child:
-        return spawn.start_host(self.plan.name, control, output, self.plan.environment)
 
     def _activate(self) -> None:
         self.shim.change(State.ACTIVE, Reason.READY)
@@ -167,7 +161,9 @@ class Mount:
         elif self._host.over:
             sentence, reason = f"the driver {name} {self._host.how()} before it was ready", Reason.EXITED
         elif self._news.failed is not None:
-            sentence = f"cannot mount on {self.plan.mountpoint}: {self._news.failed}"
+            sentence = self._news.failed
+            if self.plan.mountpoint not in sentence:
+                sentence = f"cannot mount on {self.plan.mountpoint}: {sentence}"
         elif self._shim.broken is not None:
             sentence, reason = self._shim.broken, Reason.CONTRACT
         else:
@@ -176,9 +172,7 @@ class Mount:
 
     def _too_slow(self) -> StartFailedError:
         waiting = self.shim.text if self._ready is not None else f"the driver is {self.driver.text or 'not started'}"
-        sentence = (
-            f"{self.plan.name} was not mounted within {self.plan.start_timeout:g} s ({waiting}): see its log lines"
-        )
+        sentence = f"{self.plan.name} was not mounted in {self.plan.start_timeout:g} s ({waiting}): see its log lines"
         return StartFailedError(sentence, self.instance.tree(), Reason.TIMEOUT)
 
     async def _tear_down(self, problem: StartFailedError | None) -> None:
@@ -188,15 +182,15 @@ class Mount:
         orderly = self._news.unmounted
         if not self._shim.over:
             self._shim.hang_up()  # it unmounts lazily and exits
-            await self._within(TERM_GRACE, lambda: self._shim.over)
+            await self._bell.within(TERM_GRACE, lambda: self._shim.over)
             orderly = orderly or (self._shim.over and self._shim.child is not None and self._shim.child.status == 0)
             await self._shim.end(TERM_GRACE)
         self._drop_device()  # or programs would wait for ever on a connection that nobody serves
         left = ""
         if self._asked_to_mount and not orderly:
             left = await paths.clean(self.plan.mountpoint, self.plan.shim_as)
-            if left:
-                log.warning("%s: %s", self.plan.name, left)
+        if left:
+            log.warning("%s: %s", self.plan.name, left)
         await self._stop_host()
         self._shim.abandon()
         self._host.abandon()
@@ -230,7 +224,7 @@ class Mount:
             return
         if not self._host.over and self.driver.state is not State.FAILED:
             await self._host.send(messages.Stop())
-            await self._within(STOP_GRACE, lambda: self._host.over)
+            await self._bell.within(STOP_GRACE, lambda: self._host.over)
         if not await self._host.end(TERM_GRACE):
             log.error(
                 "%s: process %s of the driver cannot be ended; it waits in the kernel", self.plan.name, self.driver.pid
@@ -239,11 +233,11 @@ class Mount:
     # ---- watching
 
     async def _watch_host(self) -> None:
-        await self._until(lambda: self._host.over or self._host.broken is not None or self._news.link_lost)
+        await self._bell.until(lambda: self._host.over or self._host.broken is not None or self._news.link_lost)
         if self._host.broken is not None:
             self._driver_failed(Reason.CONTRACT, self._host.broken)
             return
-        await self._within(LINK_GRACE, lambda: self._host.over)
+        await self._bell.within(LINK_GRACE, lambda: self._host.over)
         if self._host.over:
             self._driver_failed(Reason.EXITED, f"the driver {self._host.how()}")
         else:
@@ -295,7 +289,7 @@ class Mount:
                 if self._fault(op, error):
                     for line in traceback.splitlines()[-50:]:
                         log.info("%s:   %s", self.plan.name, printable(line.encode()[:300]))
-        self._wake()
+        self._bell.ring()
 
     def _on_shim(self, message: messages.FromShim, fds: list[int]) -> None:
         news = self._news
@@ -326,7 +320,7 @@ class Mount:
                     news.counters[number] = counters
             case messages.ShimHeartbeat():
                 pass
-        self._wake()
+        self._bell.ring()
 
     def _fault(self, operation: str, text: str) -> bool:
         self.faults += 1
@@ -350,7 +344,7 @@ class Mount:
             before, was = self._news.busy, self._stopping
             self._stopping = reason
             await self._shim.send(messages.Unmount(lazy=lazy))
-            done = await self._within(
+            done = await self._bell.within(
                 UNMOUNT_TIMEOUT,
                 lambda: self._shim.over or self._news.unmounted or self._news.detached or self._news.busy > before,
             )
@@ -386,28 +380,13 @@ class Mount:
         waiting[number] = {}
         try:
             if await self._shim.send(messages.AskCounters(id=number)):
-                await self._within(COUNTERS_TIMEOUT, lambda: bool(waiting[number]) or self._shim.over)
+                await self._bell.within(COUNTERS_TIMEOUT, lambda: bool(waiting[number]) or self._shim.over)
             return {printable(key.encode()[:60]): float(value) for key, value in waiting[number].items()}
         finally:
             del waiting[number]
 
     async def _set_trace(self, write_end: int | None) -> bool:
         return await self._shim.send(messages.Trace(on=write_end is not None), [] if write_end is None else [write_end])
-
-    # ---- waiting
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await self._changed.wait()
-
-    async def _within(self, seconds: float, condition: Callable[[], bool]) -> bool:
-        with trio.move_on_after(seconds):
-            await self._until(condition)
-        return condition()
 
     def _drop_device(self) -> None:
         if self._device >= 0:

@@ -47,45 +47,48 @@ class Process(Generic[T]):
         self._problem = "was not started"
         self._scope = trio.CancelScope()
 
-    async def run(
-        self,
-        start: Callable[[socket.socket, int], spawn.Child],
-        on_message: Callable[[T, list[int]], None],
-        reaper: trio.Nursery,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Start it and look after it until it is over. `reaper` outlives the mount: it reaps what ends late."""
+    def start(self, start: Callable[[socket.socket, int], spawn.Child]) -> None:
+        """Start it; `run` must follow at once, whether that worked or not.
+
+        Not awaited: a start that is cancelled half-way would leave a process that nobody looks after.
+        """
         ours, theirs = spawn.control_pair()
-        self._channel = channel = Channel(ours, self._decode, f"{self.instance.kind} {self.instance.name}")
-        self._output = output = Output(f"{self.instance.name} ({self.instance.kind})")
+        self._channel = Channel(ours, self._decode, f"{self.instance.kind} {self.instance.name}")
+        self._output = Output(f"{self.instance.name} ({self.instance.kind})")
+        try:
+            with theirs:
+                self.child = start(theirs, self._output.write_end)
+        except (OSError, UserError) as exc:
+            self._problem = f"could not be started: {exc}"
+        else:
+            self.instance.pid = self.child.pid
+            self.instance.note("process started")
+        finally:
+            self._output.started()
+
+    async def run(self, on_message: Callable[[T, list[int]], None], reaper: trio.Nursery) -> None:
+        """Look after it until it is over. `reaper` outlives the mount: it reaps what ends late."""
+        assert self._channel is not None
+        assert self._output is not None
         # Shielded: who cancels the mount must still be able to end its processes in order and hear their last words.
         with trio.CancelScope(shield=True) as self._scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(output.read)
-                try:
-                    with theirs:
-                        self.child = child = start(theirs, output.write_end)
-                except (OSError, UserError) as exc:
-                    self._problem = f"could not be started: {exc}"
-                else:
-                    self.instance.pid = child.pid
-                    self.instance.note("process started")
-                    reaper.start_soon(child.watch)
-                    nursery.start_soon(self._receive, channel, on_message)
-                output.started()
-                task_status.started()
+                nursery.start_soon(self._output.read)
                 if self.child is not None:
+                    reaper.start_soon(self.child.watch)
+                    nursery.start_soon(self._receive, self._channel, on_message)
                     await self.child.ended.wait()
                     with trio.move_on_after(DRAIN):
                         await self._received_all.wait()
-                        await output.closed.wait()
+                        await self._output.closed.wait()
                 nursery.cancel_scope.cancel()
-        channel.close()
+        self._channel.close()
         if self._worker_pidfd >= 0:
             os.close(self._worker_pidfd)
             self._worker_pidfd = -1
-        self.over = self.child is None or self.child.ended.is_set()
+        if self.child is None or self.child.ended.is_set():
+            self.over = True
+            self.instance.pid = None  # the number may be somebody else's soon
         self._wake()
 
     async def _receive(self, channel: Channel[T], on_message: Callable[[T, list[int]], None]) -> None:

@@ -1,0 +1,260 @@
+"""Plays the supervisor for one shim process: starts it, mounts with it, hears what it says, unmounts, ends it.
+
+`mounted` is what tests use. It leaves nothing behind, and fails the test when the shim crashed, printed a traceback or
+did not unmount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, make_runtime_dir
+from tests.t3_shim.program import Program
+from tests.t3_shim.raw_driver import RawDriver
+
+can_mount = pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
+)
+Message = dict[str, Any]
+
+
+def socket_pair(size: int = 4 << 20) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a link."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in pair:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, size)
+    return pair
+
+
+class Shim:
+    """A shim process and its control socket."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.messages: list[Message] = []
+        self.descriptors: list[int] = []
+        self._changed = threading.Condition()
+        ours, theirs = socket_pair()
+        self.control = ours
+        with theirs, log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "udf.shim", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                cwd="/",
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.control, 65536, 4)
+            except OSError:
+                return
+            self.descriptors += fds
+            with self._changed:
+                self.messages.append(json.loads(data) if data else {"t": "end"})
+                self._changed.notify_all()
+            if not data:
+                return
+
+    def send(self, message: Message, *fds: int) -> None:
+        socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
+
+    def said(self, kind: str, **values: object) -> list[Message]:
+        """What it has said of one kind, with these values."""
+        found = [message for message in list(self.messages) if message["t"] == kind]
+        return [message for message in found if all(message.get(key) == value for key, value in values.items())]
+
+    def wait_for(self, kind: str, seconds: float = 10.0, **values: object) -> Message:
+        """Wait until it says this."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while not (found := self.said(kind, **values)):
+                left = until - time.monotonic()
+                assert left > 0, f"it did not say {kind} {values}: {self.messages} {self.log()}"
+                assert not self.said("end"), f"it ended without {kind} {values}: {self.messages} {self.log()}"
+                self._changed.wait(left)
+        return found[-1]
+
+    def faults(self) -> list[tuple[str, str]]:
+        """The faults of the driver that it reported."""
+        return [(message["op"], message["error"]) for message in self.said("fault")]
+
+    def counters(self) -> dict[str, int]:
+        """Ask for its counters."""
+        number = len(self.messages) + 1
+        self.send({"t": "counters", "id": number})
+        counts: dict[str, int] = self.wait_for("counters", id=number)["counters"]
+        return counts
+
+    def memory(self) -> int:
+        """Its resident bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGESIZE")
+
+    def log(self) -> str:
+        """What it printed."""
+        return self._log.read_text(errors="replace")
+
+    def close(self) -> None:
+        """End it and forget it."""
+        for fd in self.descriptors:
+            os.close(fd)
+        self.descriptors.clear()
+        self.control.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self.control.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+            raise
+
+
+class Mount:
+    """A mount with its shim, its driver and the programs that use it."""
+
+    def __init__(self, shim: Shim, driver: RawDriver, point: Path) -> None:
+        self.shim = shim
+        self.driver = driver
+        self.tree = driver.tree
+        self.point = point
+        self.root = str(point)
+        self._programs: list[Program] = []
+        self._usual: Program | None = None
+        self.traceback_expected = False
+
+    def path(self, name: str = "") -> str:
+        """A path in the mount."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def program(self, uid: int | None = None) -> Program:
+        """Start another program."""
+        program = Program(uid)
+        self._programs.append(program)
+        return program
+
+    @property
+    def usual(self) -> Program:
+        """The program that `do` and `fails` use."""
+        if self._usual is None:
+            self._usual = self.program()
+        return self._usual
+
+    def do(self, call: str, name: str = "", *args: object, seconds: float = 10.0) -> Any:
+        """Do *call* on a path in the mount."""
+        return self.usual.do(call, self.path(name), *args, seconds=seconds)
+
+    def fails(self, call: str, name: str = "", *args: object, seconds: float = 10.0) -> int:
+        """The errno of a call on a path in the mount, which must fail."""
+        return self.usual.fails(call, self.path(name), *args, seconds=seconds)
+
+    def counters(self) -> dict[str, int]:
+        return self.shim.counters()
+
+    def round_trips(self, act: Callable[[], object]) -> int:
+        """How many round trips to the driver it costs to do this."""
+        before = self.counters()["driver_round_trips"]
+        act()
+        return self.counters()["driver_round_trips"] - before
+
+    def end_programs(self) -> None:
+        for program in self._programs:
+            program.end()
+        self._programs.clear()
+        self._usual = None
+
+    def unmount(self) -> None:
+        """Unmount in order, as the supervisor does. The kernel may still be closing what ended programs had open."""
+        until = time.monotonic() + 10
+        while True:
+            self.shim.messages[:] = [message for message in self.shim.messages if message["t"] != "busy"]
+            self.shim.send({"t": "unmount", "lazy": False})
+            while not (done := self.shim.said("unmounted") or self.shim.said("end")) and not self.shim.said("busy"):
+                assert time.monotonic() < until, f"it does not unmount: {self.shim.messages} {self.shim.log()}"
+                time.sleep(0.002)
+            if done:
+                break
+            assert time.monotonic() < until, "it stays busy"
+            time.sleep(0.02)
+        assert self.shim.process.wait(10) == 0, self.shim.log()
+
+
+@contextlib.contextmanager
+def mounted(
+    prepare: Callable[[RawDriver], object] = lambda driver: None,
+    *,
+    driver_flags: int | None = None,
+    driver_minor: int = 45,
+    max_write: int = 131072,
+    link_size: int = 4 << 20,
+    **config: object,
+) -> Iterator[Mount]:
+    """A mount for one test; *prepare* fills the driver's tree, *config* is what the mount message says besides."""
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(make_runtime_dir())
+        base.chmod(0o755)
+        point = base / "m"
+        point.mkdir()
+        ours, theirs = socket_pair(link_size)
+        options = {} if driver_flags is None else {"flags": driver_flags}
+        driver = RawDriver(theirs, minor=driver_minor, max_write=max_write, **options)
+        prepare(driver)
+        driver.start()
+        stack.callback(_stop, driver)
+        shim = Shim(base / "log")
+        stack.callback(shim.close)
+        mount = Mount(shim, driver, point)
+        stack.callback(_detach, mount)
+        message: Message = {"t": "mount", "mountpoint": str(point), "name": "m", "driver": "test", "fsname": "test"}
+        message.update({"allow_other": True, "nodev": False, "nosuid": False, "deadline": 20.0}, **config)
+        with ours:
+            shim.send(message, ours.fileno())
+        shim.wait_for("mounted")
+        yield mount
+        mount.end_programs()
+        assert shim.process.poll() is None or shim.said("unmounted"), f"the shim ended: {shim.log()}"
+        if not shim.said("unmounted"):
+            mount.unmount()
+        assert mount.traceback_expected or "Traceback" not in shim.log(), shim.log()
+        assert not driver.errors, driver.errors
+
+
+def _stop(driver: RawDriver) -> None:
+    if driver.is_alive():
+        driver.stop()
+
+
+def _detach(mount: Mount) -> None:
+    """After a failure: nobody may be left waiting."""
+    if mount.shim.process.poll() is None:
+        subprocess.run(["umount", "-l", mount.root], check=False, capture_output=True)
+    for program in list(mount._programs):
+        with contextlib.suppress(ProcessLookupError):
+            program.signal(9)
+    if not mount.shim.said("unmounted"):
+        mount.shim.process.kill()
+        for fd in mount.shim.descriptors:  # ours keeps the connection, and what waits on it
+            os.close(fd)
+        mount.shim.descriptors.clear()
+    for program in list(mount._programs):
+        program.end()

@@ -1,0 +1,1 @@
+"""Programs on our own drivers, through the kernel, shim, link and host: what users rely on."""
