@@ -32,7 +32,10 @@ class Arena:
         self.space = space
         # Shared, so that MADV_REMOVE frees memory in the middle; not reserved, because most of it is never used.
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self.memory = mmap.mmap(-1, max(PAGE, space.size), flags=flags)
+        try:
+            self.memory = mmap.mmap(-1, space.size, flags=flags)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"size {space.size} is more than a process can address here") from error
         self.view = memoryview(self.memory)
         self._by_start: dict[int, int] = {}  # first page -> count
         self._by_end: dict[int, int] = {}  # page after the last -> first page

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from .arena import PAGE, Arena
 from .contents import Contents
 from .nodes import DOT, DOTDOT, Directory, File, Node, Symlink
 from .space import Space
-from .tree import Tree
+from .tree import NAME_MAX, Tree
 
 _YEAR = 365 * 86400  # nothing but this mount can change anything: what the kernel knows stays true
 _DAY = 86400 * 10**9
@@ -81,8 +82,12 @@ class Memfs(pyfuse3.Operations):
         self, size: int = 1 << 30, inodes: int = 1 << 20, mode: str = "755", uid: int = -1, gid: int = -1
     ) -> None:
         super().__init__()
-        if size < PAGE or inodes < 1:
-            raise ValueError("size must be at least 4096 bytes and inodes at least 1")
+        if size < PAGE:
+            raise ValueError(f"size must be at least {PAGE} bytes, not {size}")
+        if inodes < 1:
+            raise ValueError(f"inodes must be at least 1, not {inodes}")
+        if not re.fullmatch("[0-7]{1,5}", mode):
+            raise ValueError(f"mode must be octal, such as 1777, not {mode!r}")
         self._space = Space(size, inodes)
         self._arena = Arena(self._space)
         self._tree = Tree(
@@ -126,7 +131,7 @@ class Memfs(pyfuse3.Operations):
             node = parent
         elif name == b"..":
             node = parent.parent
-        elif len(name) > 255:
+        elif len(name) > NAME_MAX:
             raise FUSEError(errno.ENAMETOOLONG)
         else:
             return _NO_ENTRY
@@ -216,15 +221,13 @@ class Memfs(pyfuse3.Operations):
         node = self._node(inode)
         if fields.update_size:
             self._truncate(self._file(inode), attr.st_size)
-        if fields.update_uid or fields.update_gid:
-            if fields.update_uid:
-                node.uid = attr.st_uid
-            if fields.update_gid:
-                node.gid = attr.st_gid
-            if not node.is_directory:
-                # With HANDLE_KILLPRIV the kernel leaves this to the filesystem; root's chown does it too.
-                node.mode &= ~(stat.S_ISUID | (stat.S_ISGID if node.mode & stat.S_IXGRP else 0))
-                xattrs.drop_capability(self._space, node)
+        if fields.update_uid:
+            node.uid = attr.st_uid
+        if fields.update_gid:
+            node.gid = attr.st_gid
+        others = fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
+        if fields.update_uid or fields.update_gid or not others:
+            self._drop_privileges(node)  # setting nothing at all is what the kernel makes of chown(-1, -1)
         if fields.update_mode:
             xattrs.chmod(node, attr.st_mode)
         if fields.update_atime:
@@ -233,6 +236,15 @@ class Memfs(pyfuse3.Operations):
             node.mtime = attr.st_mtime_ns
         node.ctime = attr.st_ctime_ns if fields.update_ctime else time.time_ns()
         return _attributes(node)
+
+    def _drop_privileges(self, node: Node) -> None:
+        """Take suid, sgid and capabilities away, as each chown does, root's too.
+
+        With HANDLE_KILLPRIV the kernel leaves it to the filesystem.
+        """
+        if not node.is_directory:
+            node.mode &= ~(stat.S_ISUID | (stat.S_ISGID if node.mode & stat.S_IXGRP else 0))
+            xattrs.drop_capability(self._space, node)
 
     def _truncate(self, node: File, size: int) -> None:
         contents = node.contents
@@ -253,7 +265,7 @@ class Memfs(pyfuse3.Operations):
         result.f_bfree = result.f_bavail = space.left // PAGE
         result.f_files = space.inodes
         result.f_ffree = result.f_favail = space.inodes_left
-        result.f_namemax = 255
+        result.f_namemax = NAME_MAX
         return result
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

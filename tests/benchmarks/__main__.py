@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in arguments.names or BENCHMARKS:
             gc.collect()
             gc.disable()  # a collection in the client would be a slow operation of whoever is measured
-            began = time.perf_counter()
+            began, drops = time.perf_counter(), machine.cache_drops()
             try:
                 result = BENCHMARKS[name](lab)
             except Exception:
@@ -79,6 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 continue
             finally:
                 gc.enable()
+            if machine.cache_drops() > drops:
+                result.notes.append(f"DISTURBED: caches were dropped {machine.cache_drops() - drops} times by others")
             result.notes.append(f"{time.perf_counter() - began:.0f} s; {machine.load()}")
             results.append(result)
             print(result.text(), end="\n\n", flush=True)

@@ -54,16 +54,16 @@ class Lab:
                 self.why_not_counted = counter
             else:
                 self.counter = counter
+            self._peers = self._prepared(
+                peers.Native(),
+                peers.PassthroughLL("auto"),
+                peers.PassthroughLL("always"),
+                peers.Direct("pyfuse3"),
+                peers.Direct("udf"),
+                peers.Udf(self.daemon, "spin"),
+                peers.Udf(self.daemon, "nospin"),
+            )
             self._stack = stack.pop_all()
-        self._peers = self._prepared(
-            peers.Native(),
-            peers.PassthroughLL("auto"),
-            peers.PassthroughLL("always"),
-            peers.Direct("pyfuse3"),
-            peers.Direct("udf"),
-            peers.Udf(self.daemon, "spin"),
-            peers.Udf(self.daemon, "nospin"),
-        )
         return self
 
     def __exit__(

@@ -52,6 +52,11 @@ def load() -> str:
     return "load average " + " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
+def cache_drops() -> int:
+    """How often somebody has told the kernel to drop its caches (then nothing is warm any more)."""
+    return sum(map(int, re.findall(r"^drop_(?:pagecache|slab) (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)))
+
+
 def cpu_seconds(pids: Iterable[int]) -> float:
     """CPU time of these processes' threads so far; 0 for one that is gone."""
     total = 0

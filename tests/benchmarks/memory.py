@@ -18,10 +18,11 @@ NODE_LIMIT = 250.0  # bytes
 GROWTH_LIMIT = 256.0  # KiB: what is left of it is noise of the allocator
 FOLDERS = 100
 CLIENTS = 3
+BUDGET = 240.0  # seconds after which no more requests are made
 
 
 def run(the_lab: Lab) -> Result:
-    nodes, requests = (10_000, 60_000) if the_lab.quick else (100_000, 1_000_000)
+    nodes, requests = (10_000, 30_000) if the_lab.quick else (100_000, 1_000_000)
     result = Result("memory")
     peers = the_lab.peers([UDF])
     if not peers:
@@ -117,7 +118,7 @@ def _growth(result: Result, the_lab: Lab, mount: Mount, wanted: int) -> None:
     repeat = 20
     start = time.perf_counter()
     first = the_lab.daemon.status(mount.path)["counters"]["requests"]
-    while served < wanted:
+    while served < wanted and time.perf_counter() - start < BUDGET:
         clients.together(CLIENTS, _mixed(mount.path, repeat))
         counters = the_lab.daemon.status(mount.path)["counters"]
         before, served = served, counters["requests"] - first

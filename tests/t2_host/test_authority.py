@@ -149,9 +149,12 @@ def test_nothing_survives_a_killed_driver(drivers: Path, namespaces: bool) -> No
             wait_for_end(pid)
 
 
+@needs_root
 @pytest.mark.parametrize("namespaces", [True, False])
-def test_nothing_survives_a_killed_anchor(drivers: Path, namespaces: bool) -> None:
-    with make_host() as host:
+@pytest.mark.parametrize("uid", [0, NOBODY])
+def test_nothing_survives_a_killed_anchor(drivers: Path, namespaces: bool, uid: int) -> None:
+    """A change of the user clears the parent-death signal: it is armed again after each."""
+    with make_host(sandbox_user=uid) as host:
         host.start(drivers / "odd_starts.py", "Plain", sandbox={"namespaces": namespaces})
         host.ready()
         family = descendants(host.process.pid)

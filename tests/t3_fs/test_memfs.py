@@ -175,6 +175,17 @@ def test_renaming_everything_that_a_listing_shows_comes_to_an_end(at: Path) -> N
     assert len(os.listdir(at)) == 1000
 
 
+def test_an_open_directory_that_is_rewound_shows_what_is_new(at: Path) -> None:
+    fd = os.open(at, os.O_RDONLY)
+    try:
+        assert os.listdir(fd) == []
+        for i in range(2000):
+            os.close(os.open(at / f"new{i:0100}", os.O_CREAT))
+        assert len(os.listdir(fd)) == 2000
+    finally:
+        os.close(fd)
+
+
 def test_dot_and_dotdot_are_listed_with_their_inodes(at: Path) -> None:
     shown = subprocess.run(["ls", "-ai", at], check=True, capture_output=True, text=True).stdout.split()
     assert shown == [str(at.stat().st_ino), ".", str(at.parent.stat().st_ino), ".."]

@@ -196,6 +196,19 @@ def test_what_fails_for_want_of_space_changes_nothing() -> None:
     assert run(fs.lookup(1, b"d", ROOT)).st_ino == 0
 
 
+def test_setting_nothing_takes_suid_away_like_any_chown() -> None:
+    """The kernel makes that of chown(-1, -1) once HANDLE_KILLPRIV is negotiated; suid used to stay."""
+    fs = Memfs()
+    fields = SimpleNamespace(
+        **{f"update_{name}": False for name in ("size", "uid", "gid", "mode", "atime", "mtime", "ctime")}
+    )
+    for mode, after in ((0o6755, 0o755), (0o2644, 0o2644)):
+        file = create(fs, 1, b"%o" % mode, mode)
+        assert run(fs.setattr(file, None, fields, None, ROOT)).st_mode == stat.S_IFREG | after
+    directory = mkdir(fs, 1, b"d", 0o2755)
+    assert run(fs.setattr(directory, None, fields, None, ROOT)).st_mode == stat.S_IFDIR | 0o2755
+
+
 def test_bounds_of_xattrs() -> None:
     fs = Memfs()
     file = create(fs, 1, b"file")
@@ -244,7 +257,9 @@ def test_capabilities_go_with_the_contents_they_were_given_for() -> None:
     assert not dropped_by(lambda: setattr_(mode=True))
 
 
-@pytest.mark.parametrize("options", [{"size": 100}, {"inodes": 0}, {"mode": "rwx"}])
+@pytest.mark.parametrize(
+    "options", [{"size": 100}, {"size": 1 << 60}, {"size": 1 << 70}, {"inodes": 0}, {"mode": "rwx"}, {"mode": "888"}]
+)
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         Memfs(**options)

@@ -8,6 +8,8 @@ import os
 import random
 import stat
 import struct
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +150,16 @@ def picture(at: Path) -> dict[str, object]:
     return result
 
 
+def empty(mount: Path) -> None:
+    """Remove everything; all inodes and all space are to be free again."""
+    for path in mount.iterdir():
+        subprocess.run(["rm", "-rf", str(path)], check=True)
+    until = time.monotonic() + 5
+    while (free := os.statvfs(mount)).f_files - free.f_ffree > 1 and time.monotonic() < until:
+        time.sleep(0.01)  # the kernel forgets when it likes
+    assert (free.f_files - free.f_ffree, free.f_blocks - free.f_bfree) == (1, 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_same_operations_have_the_same_results(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
@@ -169,5 +181,6 @@ def test_the_same_operations_have_the_same_results(tmp_path: Path, seed: int) ->
                 assert here == there, f"seed {seed}, step {step}:\n" + "\n".join(done[-25:])
                 if step % 20 == 0:
                     assert picture(direct.path) == picture(twin), f"seed {seed}, step {step}:\n" + "\n".join(done[-25:])
+            empty(direct.path)
     finally:
         os.umask(old)

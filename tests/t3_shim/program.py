@@ -191,26 +191,29 @@ def direct_readers(path: str, count: int) -> list[bytes]:
     return results
 
 
-def many_writers(paths: list[str], size: int) -> list[int]:
+def open_and_write(path: str) -> int:
+    """A descriptor through which the driver has written."""
+    fd = os.open(path, os.O_WRONLY)
+    os.pwrite(fd, b"x", 0)
+    return fd
+
+
+def many_writers(fds: list[int], size: int) -> list[int]:
     """One write by each of many threads; the errno of each (0: it went well)."""
     import threading
 
-    data = bytes(size)
+    data = b"x" * size
     results: list[int] = []
 
-    def write(path: str) -> None:
+    def write(fd: int) -> None:
         try:
-            fd = os.open(path, os.O_WRONLY)
-            try:
-                os.write(fd, data)
-            finally:
-                os.close(fd)
+            os.pwrite(fd, data, 0)
             results.append(0)
         except OSError as error:
             results.append(error.errno or -1)
 
     threading.stack_size(64 * 1024)
-    threads = [threading.Thread(target=write, args=(path,)) for path in paths]
+    threads = [threading.Thread(target=write, args=(fd,)) for fd in fds]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -354,6 +357,10 @@ def interruptible_read(path: str) -> int:
     number = ctypes.get_errno() if got < 0 else 0
     os.close(fd)
     return number
+
+
+def access_open(path: str) -> None:
+    os.close(os.open(path, os.O_RDONLY))
 
 
 def symlinked(path: str) -> None:

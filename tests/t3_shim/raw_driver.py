@@ -108,10 +108,10 @@ class Tree:
     def __init__(self) -> None:
         self.nodes = {ROOT: Node(ROOT, stat.S_IFDIR | 0o755, 2)}
         self.handles: dict[int, int] = {}
+        self.unknown_forgets: list[tuple[int, int]] = []
         self.valid = 1000.0  # seconds; of names and attributes
         self.negative = 0.0
         self.fopen = 0
-        self.plus_counts = True
         self._next = 2
         self._next_handle = 100
 
@@ -167,7 +167,10 @@ class Tree:
         return self.entry(self.nodes[child])
 
     def forget(self, node: int, count: int) -> None:
-        self.nodes[node].lookups -= count
+        if node in self.nodes:
+            self.nodes[node].lookups -= count
+        else:
+            self.unknown_forgets.append((node, count))
 
     def getattr(self, q: Request) -> Answer:
         return self.attr_out(self.nodes[q.node])
@@ -375,6 +378,7 @@ class RawDriver(threading.Thread):
         self._table = self.tree.table()
         self._changed = threading.Condition()
         self._wake, self._waker = os.pipe()
+        self._stopped = False
 
     # ---- for tests
 
@@ -421,6 +425,14 @@ class RawDriver(threading.Thread):
         handler = self._table.get(request.op)
         return errno.ENOSYS if handler is None else handler(request)
 
+    def plant(self, grow: Callable[[RawDriver], object]) -> None:
+        """Begin with a new tree, whose nodes the other side may know already."""
+        self.tree = Tree()
+        self._table = self.tree.table()
+        grow(self)
+        for node in self.tree.nodes.values():
+            node.lookups = 1 << 40
+
     def reply(self, request: Request, answer: Answer) -> None:
         """Answer a request, now or later."""
         if isinstance(answer, bytes):
@@ -442,10 +454,15 @@ class RawDriver(threading.Thread):
 
     def stop(self) -> None:
         """Close the link, as a death would."""
+        if self._stopped:
+            return
+        self._stopped = True
         self.reading.set()
         os.write(self._waker, b"x")
         self.join(10)
         assert not self.is_alive()
+        os.close(self._wake)
+        os.close(self._waker)
 
     # ---- the thread
 
@@ -468,8 +485,6 @@ class RawDriver(threading.Thread):
             pass
         finally:
             self.link.close()
-            os.close(self._wake)
-            os.close(self._waker)
 
     def _serve(self, raw: bytes) -> None:
         _, op, unique, node, uid, gid, pid, _ = structs.IN_HEADER.unpack_from(raw)

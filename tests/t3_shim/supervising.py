@@ -22,7 +22,7 @@ import pytest
 
 from tests.conftest import ROOT, make_runtime_dir
 from tests.t3_shim.program import Program
-from tests.t3_shim.raw_driver import RawDriver
+from tests.t3_shim.raw_driver import RawDriver, Tree
 
 can_mount = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
@@ -136,12 +136,16 @@ class Mount:
     def __init__(self, shim: Shim, driver: RawDriver, point: Path) -> None:
         self.shim = shim
         self.driver = driver
-        self.tree = driver.tree
         self.point = point
         self.root = str(point)
         self._programs: list[Program] = []
         self._usual: Program | None = None
         self.traceback_expected = False
+
+    @property
+    def tree(self) -> Tree:
+        """The driver's filesystem."""
+        return self.driver.tree
 
     def path(self, name: str = "") -> str:
         """A path in the mount."""
@@ -170,6 +174,11 @@ class Mount:
 
     def counters(self) -> dict[str, int]:
         return self.shim.counters()
+
+    def faults(self) -> list[tuple[str, str]]:
+        """The driver's faults that were reported until now."""
+        self.counters()  # what was said before is heard before
+        return self.shim.faults()
 
     def round_trips(self, act: Callable[[], object]) -> int:
         """How many round trips to the driver it costs to do this."""
@@ -220,7 +229,7 @@ def mounted(
         driver = RawDriver(theirs, minor=driver_minor, max_write=max_write, **options)
         prepare(driver)
         driver.start()
-        stack.callback(_stop, driver)
+        stack.callback(driver.stop)
         shim = Shim(base / "log")
         stack.callback(shim.close)
         mount = Mount(shim, driver, point)
@@ -237,11 +246,6 @@ def mounted(
             mount.unmount()
         assert mount.traceback_expected or "Traceback" not in shim.log(), shim.log()
         assert not driver.errors, driver.errors
-
-
-def _stop(driver: RawDriver) -> None:
-    if driver.is_alive():
-        driver.stop()
 
 
 def _detach(mount: Mount) -> None:

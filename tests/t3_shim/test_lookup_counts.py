@@ -48,6 +48,7 @@ def nothing_is_held(mount: Mount) -> None:
     held = {node.ino: node.lookups for node in mount.tree.nodes.values() if node.lookups}
     assert (counts["kernel_lookups"], counts["nodes"], counts["driver_lookups"], held) == (0, 1, 0, {}), counts
     assert counts["handles"] == counts["waiting"] == counts["late"] == 0
+    assert not mount.tree.unknown_forgets
     assert not mount.tree.handles, "a handle of the driver's was never released"
 
 

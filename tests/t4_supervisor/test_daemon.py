@@ -296,6 +296,22 @@ def test_a_killed_daemon_leaves_no_mount_and_no_process_and_the_next_one_starts(
     assert successor.stop() == 0
 
 
+def test_a_daemon_clears_away_the_mounts_of_a_killed_one_whose_shims_were_killed_too(tmp_path: Path, mnt: Path) -> None:
+    daemon = Daemon(tmp_path)
+    daemon.mount(mnt)
+    shim = daemon.status(mnt)["shim_pid"]
+    daemon.process.send_signal(signal.SIGSTOP)  # so that it cannot clean up
+    os.kill(shim, signal.SIGKILL)
+    daemon.stop(signal.SIGKILL)
+    wait_for(lambda: not is_alive(shim))
+    assert mounted_at(mnt) is not None
+    successor = Daemon(tmp_path)
+    wait_for(lambda: _answers(successor))
+    assert mounted_at(mnt) is None
+    assert successor.stop() == 0
+    assert "whose server was gone" in successor.log
+
+
 def _answers(daemon: Daemon) -> bool:
     try:
         return bool(daemon.call("Info")["pid"] == daemon.process.pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udf.errors import UserError
+from udf.manifest.check import MOUNT_WORDS
 from udf.supervisor import catalog, logs, options, output, pathcheck, paths, sockets, spawn
 from udf.supervisor.client import Connection, NoSupervisorError, find_daemon, supervisors
 from udf.supervisor.notify import Notifier
@@ -72,6 +74,11 @@ def test_any_options_are_split_or_refused(given_options: dict[str, str]) -> None
         options.split(given_options)
     except UserError:
         pass
+
+
+def test_a_manifest_cannot_declare_what_a_mount_understands() -> None:
+    taken = {*options._FLAGS, "max_read", "fsname", "deadline"}
+    assert taken <= MOUNT_WORDS <= taken | options._IGNORED
 
 
 def test_a_foreign_program_adds_options_and_gains_no_rights() -> None:
@@ -375,6 +382,20 @@ def test_the_service_manager_is_told_in_its_own_words(listening: socket.socket, 
     assert notifier.watchdog == 1.5
     notifier.say(READY=1, STATUS="two\nlines")
     assert listening.recv(1000) == b"READY=1\nSTATUS=two"
+    notifier.close()
+
+
+def test_what_a_full_socket_does_not_take_is_said_later(listening: socket.socket, tmp_path: Path) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    for _ in range(5000):
+        notifier.say(WATCHDOG=1)
+    notifier.say(READY=1, STATUS="x")
+    listening.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            assert listening.recv(1000) == b"WATCHDOG=1"
+    notifier.say(WATCHDOG=1)
+    assert listening.recv(1000) == b"READY=1\nSTATUS=x\nWATCHDOG=1"
     notifier.close()
 
 

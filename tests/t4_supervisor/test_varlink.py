@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from varlink.scanner import Interface
 
 from udf import __version__
+from udf.errors import UserError
 from udf.supervisor import control as control_module
 from udf.supervisor import rights, sockets, trace
 from udf.supervisor import varlink as wire
@@ -162,7 +163,7 @@ def test_every_error_of_the_interface_is_in_the_table_and_carries_its_sentence()
         control_module.as_varlink(control_module.BusyError("/m", "a")),
         control_module.as_varlink(rights.DeniedError("a")),
         control_module.as_varlink(control_module.NotFoundError("a")),
-        control_module.as_varlink(control_module.UserError("a")),
+        control_module.as_varlink(UserError("a")),
     ]
     interface = Interface(interface_description())
     for error in made:
@@ -201,6 +202,11 @@ def test_a_mistake_of_ours_is_logged_and_told_as_one_sentence(caplog: pytest.Log
         (f"{INTERFACE}.Mount", {"mountpoint": "/tmp", "driver": "none such"}, f"{INTERFACE}.Refused"),
         (f"{INTERFACE}.Mount", {"mountpoint": "/tmp", "driver": "x", "exec": "y"}, f"{INTERFACE}.Refused"),
         (f"{INTERFACE}.Mount", {"mountpoint": "/tmp", "exec": "sshfs"}, f"{INTERFACE}.Refused"),
+        (
+            f"{INTERFACE}.Mount",
+            {"mountpoint": "/tmp", "exec": "x", "options": {"a": "b" * 40000}},
+            f"{INTERFACE}.Refused",
+        ),
         (f"{INTERFACE}.Mount", {"mountpoint": "/tmp", "exec": "a '{mountpoint}"}, f"{INTERFACE}.Refused"),
     ],
 )
@@ -458,6 +464,8 @@ async def test_our_client_speaks_with_our_server(address: Path) -> None:
                 connection.call("Unmount", mountpoint="/x")
             assert caught.value.name == "NotFound"
             assert str(caught.value) == "nothing is mounted on /x here"
+            with pytest.raises(UserError, match="not UTF-8"):
+                connection.call("Mount", driver="hello", mountpoint="/\udc80")
             with pytest.raises(ControlError, match="MethodNotFound Replace") as caught:
                 connection.call("Replace")
 

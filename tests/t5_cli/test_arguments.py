@@ -157,3 +157,25 @@ def test_reader_that_goes_away_is_no_traceback(udf: Command) -> None:
     result = subprocess.run(udf.argv("doctor"), stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)
     os.close(writer)
     assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_relative_path_in_a_directory_that_is_gone(udf: Command, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && exec {' '.join(udf.argv('umount', 'mnt'))}"
+    result = subprocess.run(
+        ["sh", "-c", command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result
+    assert result.stderr.startswith("udf: mnt is relative"), result
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [("umount",), ("trace",), ("mount", "-t", "hello")])
+def test_name_that_is_not_utf8_is_refused_in_a_sentence(udf: Command, words: tuple[str, ...]) -> None:
+    """`udf mount` with such a mountpoint used to end with a line of a traceback."""
+    assert "UTF-8" in udf.refused(*words, "/tmp/udf-\udcff")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import mounts_below, wait_for_end
+from tests.conftest import ROOT, mounts_below, wait_for_end
 
 from .conftest import Command, Daemon
 
@@ -106,10 +107,14 @@ def test_trace_shows_each_request_until_the_mount_ends(udf: Command, mountpoint:
         assert trace.stdout is not None
         assert trace.stdout.readline().split()[:2] == ["TIME", "OP"]
         assert not (mountpoint / "absent").exists()
+        for line in trace.stdout:
+            if "LOOKUP" in line and "absent" in line:
+                break
+        else:
+            pytest.fail("the trace ended without the request")
         udf.done("umount", mountpoint)
-        lines = trace.stdout.readlines()
+        trace.stdout.read()
         assert trace.wait() == 0
-    assert any("LOOKUP" in line and "absent" in line for line in lines), lines
 
 
 def test_two_shells_mount_and_unmount_the_same_place_at_once(udf: Command, mountpoint: Path) -> None:
@@ -138,3 +143,27 @@ def test_mount_while_another_shell_unmounts(udf: Command, mountpoint: Path) -> N
             assert (mountpoint / "hello.txt").read_text() == "Hello, world!\n"
             udf.done("umount", mountpoint)
         assert mounts_below(mountpoint) == []
+
+
+def test_mount_helper_takes_what_mount_gives_it(udf: Command, mountpoint: Path, tmp_path: Path) -> None:
+    """As mount(8) calls it for `mount -t fuse.udfd -o driver=hello,x-a=b none MOUNTPOINT`."""
+    wrapper = tmp_path / "udf"
+    at = f" --socket {udf.socket}" if udf.socket else ""
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m udf "$@"{at}\n')
+    wrapper.chmod(0o755)
+    helper = ROOT / "packaging" / "mount.fuse.udfd"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(helper), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    result = mount("none", str(mountpoint), "-o", "rw,noauto,driver=hello,x-a=b,noexec")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (mountpoint / "hello.txt").read_text() == "Hello, world!\n"
+    assert "noexec" in Path("/proc/self/mountinfo").read_text().split(str(mountpoint))[1].split(" - ")[0]
+    udf.done("umount", mountpoint)
+    assert mount("none", str(mountpoint), "-f", "-o", "driver=hello").returncode == 0
+    assert mounts_below(mountpoint) == []
+    assert mount("none", str(mountpoint), "-o", "driver=nosuch").returncode == 1
+    assert mount("none").returncode == 1

@@ -71,10 +71,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_text(words: Sequence[str]) -> None:
+    """The control interface is JSON, which has no room for names that are not UTF-8."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word} is not UTF-8: use a name that is") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     try:
-        parsed = build_parser().parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        parsed = build_parser().parse_args(words)
+        _check_text(words)
         from udf.cli import commands
 
         status = commands.COMMANDS[parsed.run](parsed)

@@ -48,7 +48,7 @@ def mount(arguments: argparse.Namespace) -> int:
     if source is not None and not driver and not arguments.program:
         driver = _guess_driver(source, _list_drivers(connection)[0])
     request = {
-        "driver": os.path.abspath(driver) if driver and "/" in driver else driver,
+        "driver": _absolute(driver) if driver and "/" in driver else driver,
         "exec": arguments.program,
         "source": source,
         "mountpoint": _absolute_mountpoint(mountpoint),
@@ -58,7 +58,7 @@ def mount(arguments: argparse.Namespace) -> int:
     if arguments.foreground:
         from udf.supervisor.private import run_foreground
 
-        return run_foreground(request)
+        return run_foreground(request, show.as_json if arguments.json else None)
     if connection is None:
         from udf.supervisor.launch import launch_private
 
@@ -315,10 +315,11 @@ def _absolute_mountpoint(path: str) -> str:
 
     Symlinks are resolved in its parent; of the last name only the link itself is read, which a hung mount allows.
     """
+    path = os.path.join(_current_directory(path), path)
     for _ in range(MAX_LINKS):
         path = path.rstrip("/") or "/"
         parent, name = os.path.split(os.path.abspath(path) if os.path.basename(path) in (".", "..") else path)
-        path = os.path.join(os.path.realpath(parent or "."), name)
+        path = os.path.join(os.path.realpath(parent), name)
         try:
             target = os.readlink(path)
         except OSError:
@@ -327,12 +328,24 @@ def _absolute_mountpoint(path: str) -> str:
     raise UserError(f"{path}: too many symbolic links")
 
 
+def _absolute(path: str) -> str:
+    return os.path.normpath(os.path.join(_current_directory(path), path))
+
+
+def _current_directory(path: str) -> str:
+    """Only needed, and only looked for, when the path is relative."""
+    try:
+        return "/" if path.startswith("/") else os.getcwd()
+    except OSError as error:
+        raise UserError(f"{path} is relative, and the current directory cannot be read: {error.strerror}") from None
+
+
 def _absolute_source(source: str) -> str | None:
     """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it."""
     if source == "none":
         return None
     head, _, _ = source.partition("/")
-    return source if ":" in head else os.path.abspath(source)
+    return source if ":" in head else _absolute(source)
 
 
 def _options(given: list[str]) -> dict[str, str]:

@@ -62,7 +62,10 @@ class AttributeOperations(Session):
                     return self._entry(node, await self._stat(path))
             else:
                 # truncate(2) brings times along; and what is so already needs no verb.
-                is_changed = any(getattr(now, f"st_{key}") & 0o7777 != value & 0o7777 for key, value in wanted.items())
+                so_far = {key: getattr(now, f"st_{key}") for key in wanted}
+                if "mode" in so_far:
+                    so_far["mode"] = stat.S_IMODE(so_far["mode"])
+                is_changed = so_far != wanted
                 if is_changed and not fields.update_size:
                     self._missing.check("setattr")
             return now

@@ -190,6 +190,13 @@ class Program:
             pass  # a full socket loses a heartbeat; a closed one ends us where it is read
 
 
+def named_paths(start: dict[str, Any]) -> list[str]:
+    """The absolute paths in a program's command and in a driver's options: what it works with, as with its source."""
+    words = shlex.split(start["driver"].get("command") or "")
+    words += [value for value in start["options"].values() if isinstance(value, str)]
+    return [path for word in words for path in re.findall(r"(?:^|[=:,])(/[^:,]*)", word)]
+
+
 def _arguments(start: dict[str, Any], mountpoint: str) -> list[str]:
     values = {key: _text(value) for key, value in start["options"].items()}
     values["source"] = start["source"] or ""

@@ -23,7 +23,7 @@ import struct
 import sys
 from typing import Any, NoReturn
 
-from udf.host import init, sandbox
+from udf.host import foreign, init, sandbox
 from udf.host import syscalls as sys_
 
 MAX_MESSAGE = 64 * 1024
@@ -78,6 +78,7 @@ def _receive_start(control: socket.socket) -> tuple[bytes, int] | None:
 
 def _launch(control: socket.socket, link: int, packet: bytes, start: dict[str, Any]) -> int:
     limits = start["sandbox"]
+    limits["keep_paths"] = [*limits["keep_paths"], *foreign.named_paths(start)]
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)

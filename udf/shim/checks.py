@@ -8,6 +8,7 @@ nothing unchecked goes there.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from struct import Struct
 from time import monotonic
@@ -41,6 +42,7 @@ BODY = IN_HEADER.size
 _U32 = Struct("=I")
 _U64 = Struct("=Q")
 _ATTR_HEAD = Struct("=QI4x")
+_ENTRY_MODE_AT = ENTRY_OUT.offset("attr.mode")
 _STATX_INO_AT = STATX_OUT.offset("stat.ino")
 _STATX_MODE_AT = STATX_OUT.offset("stat.mode")
 _IOCTL_LIMIT = 64 * 1024
@@ -92,16 +94,10 @@ def _expect(size: int, body: int) -> None:
 def _enter(s: Service, pending: Pending, name: bytes) -> int:
     """Take the entry in a reply; the kernel counts one lookup of it."""
     buffer = s.link.buffer
-    driver_id = _U64.unpack_from(buffer, OUT)[0]
-    if not driver_id:
+    if not _U64.unpack_from(buffer, OUT)[0]:
         raise BadReply("an entry without a node")
-    try:
-        slot = s.nodes.enter(pending.slot, name, buffer, OUT, monotonic(), s.exclusive)
-    except BadEntry:
-        if driver_id != ROOT:
-            s.nodes.forgets.append((driver_id, 1))
-        raise
-    s.nodes.lookups[slot] += 1
+    slot, entry_until, attr_until = _admit(s, pending.slot)
+    s.nodes.settle(pending.slot, name, slot, buffer, OUT, entry_until, attr_until)
     return slot
 
 
@@ -118,14 +114,44 @@ def _lookup(s: Service, pending: Pending, size: int) -> int:
             s.nodes.release(gone)
         buffer[OUT : OUT + ENTRY_OUT.size] = negative(FOREVER if s.exclusive else valid)
         return size
-    _enter(s, pending, name_in(pending))
+    parent = pending.slot
+    slot, entry_until, attr_until = _admit(s, parent)
+    s.unsettled = parent, name_in(pending), slot, buffer, OUT, entry_until, attr_until
     return size
+
+
+def _admit(s: Service, parent: int) -> tuple[int, float, float]:
+    """Take the entry in a reply as far as the kernel's answer needs it; the kernel counts one lookup of it."""
+    try:
+        admitted = s.nodes.admit(parent, s.link.buffer, OUT, monotonic(), s.exclusive)
+    except BadEntry:
+        driver_id = _U64.unpack_from(s.link.buffer, OUT)[0]
+        if driver_id != ROOT:
+            s.nodes.forgets.append((driver_id, 1))
+        raise
+    s.nodes.lookups[admitted[0]] += 1
+    return admitted
+
+
+def _wanted_type(s: Service, wanted: int) -> None:
+    """Refuse an entry of another type than was to be made: the kernel would, and forget nothing of it."""
+    buffer = s.link.buffer
+    if (_U32.unpack_from(buffer, OUT + _ENTRY_MODE_AT)[0] ^ wanted) & 0o170000:
+        node = _U64.unpack_from(buffer, OUT)[0]
+        if node > ROOT:
+            s.nodes.forgets.append((node, 1))
+        raise BadReply("something of another type than was to be made")
 
 
 def _made(s: Service, pending: Pending, size: int) -> int:
     """SYMLINK, MKNOD, MKDIR: a new entry in a changed directory."""
     _expect(size, ENTRY_OUT.size)
     s.nodes.touch(pending.slot)
+    if pending.op == Opcode.MKNOD:
+        wanted = _U32.unpack_from(pending.request, BODY)[0]
+        _wanted_type(s, wanted if wanted & 0o170000 else stat.S_IFREG)
+    else:
+        _wanted_type(s, stat.S_IFDIR if pending.op == Opcode.MKDIR else stat.S_IFLNK)
     _enter(s, pending, name_in(pending))
     return size
 
@@ -133,7 +159,10 @@ def _made(s: Service, pending: Pending, size: int) -> int:
 def _linked(s: Service, pending: Pending, size: int) -> int:
     _expect(size, ENTRY_OUT.size)
     s.nodes.touch(pending.slot)
-    s.nodes.touch(s.nodes.slot(_U64.unpack_from(pending.request, BODY)[0]))
+    target = s.nodes.slot(_U64.unpack_from(pending.request, BODY)[0])
+    s.nodes.touch(target)
+    if target:
+        _wanted_type(s, s.nodes.mode(target))
     _enter(s, pending, name_in(pending))
     return size
 
@@ -143,6 +172,7 @@ def _created(s: Service, pending: Pending, size: int) -> int:
     _expect(size, ENTRY_OUT.size + OPEN_OUT.size)
     buffer = s.link.buffer
     s.nodes.touch(pending.slot)
+    _wanted_type(s, stat.S_IFREG)
     name = name_in(pending)
     driver_handle, fopen, _ = OPEN_OUT.unpack_from(buffer, OUT + ENTRY_OUT.size)
     slot = _enter(s, pending, name)

@@ -11,6 +11,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable, Container
+from time import monotonic
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import BATCH_FORGET_IN, FORGET_IN, FORGET_ONE, IN_HEADER, OUT_HEADER
@@ -41,6 +42,8 @@ class Link:
         self._queued = 0
         self.wants_writable: Callable[[bool], None] = _ignore  # told when there is a queue to flush, or none any more
         self._partial: bytearray | None = None
+        self.partial_since = 0.0  # when the reply that is incomplete began
+        self.mixed = False  # packets of two replies have come in turn
         self._given_up = False
 
     def send(self, message: memoryview | bytes | bytearray) -> None:
@@ -98,8 +101,9 @@ class Link:
         """Receive one message into `buffer` and return its length; 0 if there is none (yet), -1 for an empty packet.
 
         A packet shorter than its header says is the beginning of a reply in several packets. It is waited for only
-        as long as no packet comes that is (the beginning of) a reply to a request in *known*: then what follows cannot
-        be told apart any more, and `take_broken` takes it. Raises LinkClosed.
+        as long as no packet comes that is the beginning of another reply to a request in *known*: then what follows
+        cannot be told apart any more, here and whenever the driver's threads meet again. The link is `mixed` from
+        then on, and takes nothing but whole replies. Raises LinkClosed.
         """
         try:
             size = os.readv(self.fd, self._buffers)
@@ -114,8 +118,9 @@ class Link:
         if self._partial is None:
             if size >= OUT_HEADER.size:
                 length = int.from_bytes(self.buffer[:4], "little")
-                if size < length < BUFFER_SIZE:
+                if size < length < BUFFER_SIZE and not self.mixed:
                     self._partial = self.buffer[:size]
+                    self.partial_since = monotonic()
                     return 0
             return size
         return self._continue(size, known)
@@ -126,8 +131,11 @@ class Link:
         wanted = int.from_bytes(partial[:4], "little")
         if size >= OUT_HEADER.size:
             length, _, unique = OUT_HEADER.unpack_from(self.buffer)
-            if (length == size and not unique) or (size <= length < BUFFER_SIZE and unique in known):
-                return size  # a message of its own: if it is a reply, the caller gives up the other one
+            if length == size and (not unique or unique in known):
+                return size  # a whole message of another thread's, in between
+            if size < length < BUFFER_SIZE and unique in known:
+                self.mixed = True
+                return size  # the caller gives up both
         if len(partial) + size > wanted:
             return size
         partial += self.view[:size]

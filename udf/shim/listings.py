@@ -80,6 +80,8 @@ class ListingCache:
                 raise Refuse(error)
             try:
                 self._take(s, handle, listing, bytearray(chunk), ask_plus)
+                if not listing.complete and listing.next_offset == driver_offset:
+                    raise BadEntry("a listing that does not get ahead")
             except BadEntry as bad:
                 s.fault(op, "listing", str(bad))
                 raise Refuse(errno.EIO) from None

@@ -57,7 +57,6 @@ class Loop:
         self._unmount_lazily = False
         self._asked_to_unmount = False
         self._unmount_error: MountError | None = None
-        self._broken_at = 0.0
         self._handlers = [HANDLERS.get(op) for op in range(max(HANDLERS) + 1)]
         service.tell = self.tell
         service.dispatch = self.handle
@@ -113,12 +112,8 @@ class Loop:
     def _tick(self, now: float) -> None:
         s = self.s
         s.check_time(now)
-        if s.link.incomplete:
-            self._broken_at = self._broken_at or now + _BROKEN_AFTER
-            if now >= self._broken_at:
-                replies.give_up_broken(s, s.link)
-        if not s.link.incomplete:
-            self._broken_at = 0.0
+        if s.link.incomplete and now >= s.link.partial_since + _BROKEN_AFTER:
+            replies.give_up_broken(s, s.link)
         if s.tracer is not None and s.tracer.closed:
             self._trace(None)
         s.counters.spins, s.counters.spins_won = self._spin.spins, self._spin.won
@@ -202,6 +197,7 @@ class Loop:
             handles=len(s.handles),
             waiting=len(s.waiting) + len(s.tasks),
             late=len(s.late),
+            unanswered=len(s.asks),
             kernel_lookups=s.nodes.total_lookups(),
             driver_lookups=s.nodes.total_driver_lookups(),
         )

@@ -236,24 +236,42 @@ class NodeTable:
         Counts one lookup by the driver, none by the kernel. Returns the slot. Raises SlotsExhausted, and BadEntry
         (then nothing is counted).
         """
+        slot, entry_until, attr_until = self.admit(parent, buffer, at, now, keep_forever)
+        self.settle(parent, name, slot, buffer, at, entry_until, attr_until)
+        return slot
+
+    def admit(
+        self, parent: int, buffer: bytearray, at: int, now: float, keep_forever: bool
+    ) -> tuple[int, float, float]:
+        """Do the part of `enter` that the kernel's answer needs; `settle` must follow with what this returns.
+
+        In between the kernel can be answered, so that the program runs while the tables are brought up to date.
+        """
         driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns = _ENTRY_HEAD.unpack_from(buffer, at)
         attr_at = at + ENTRY_HEAD_SIZE
         slot = self.by_driver(driver_id)
         if slot == ROOT or entry_ns > 999_999_999 or attr_ns > 999_999_999:
             raise BadEntry("an entry names the root or has an impossible time-out")
         self.check_attr(slot, buffer, attr_at)
-        first = self.first_link[slot]
-        if first and self.link_parent[first] != parent and self.mode(slot) & 0o170000 == stat.S_IFDIR:
-            self._check_no_circle(slot, parent)
-        if not slot:
+        if slot:
+            first = self.first_link[slot]
+            if first and self.link_parent[first] != parent and self.mode(slot) & 0o170000 == stat.S_IFDIR:
+                self._check_no_circle(slot, parent)
+            count = self.driver_lookups[slot] + 1
+            if count >= _MANY_LOOKUPS:  # of a name with no time-out, looked up for days
+                self.forgets.append((driver_id, count - 1))
+                count = 1
+            self.driver_lookups[slot] = count
+            start = slot * ATTR_SIZE
+            if self.mode(slot):
+                buffer[attr_at : attr_at + 8] = self.attrs[start : start + 8]
+        else:
             slot = self._slots.take()
             self.incarnation[slot] = (self.incarnation[slot] + 1) & 0xFFFFFFFF
             self.flags[slot] = ALIVE
             self._bind(slot, driver_id)
-        self.driver_lookups[slot] += 1
-        if self.driver_lookups[slot] >= _MANY_LOOKUPS:  # of a name with no time-out, looked up for days
-            self.driver_lookups[slot] -= _MANY_LOOKUPS - 1
-            self.forgets.append((driver_id, _MANY_LOOKUPS - 1))
+            self.driver_lookups[slot] = 1
+        buffer[attr_at + 84 : attr_at + 88] = _NO_FLAGS
         if keep_forever:
             entry_until = attr_until = now + FOREVER
             entry_valid = attr_valid = FOREVER
@@ -262,12 +280,26 @@ class NodeTable:
             entry_valid, attr_valid = min(entry_valid, FOREVER), min(attr_valid, FOREVER)
             entry_until = now + entry_valid + entry_ns * 1e-9
             attr_until = now + attr_valid + attr_ns * 1e-9
-        self.keep_attr(slot, buffer, attr_at, attr_until)
-        self.set_link(parent, name, slot, entry_until)
         _ENTRY_HEAD.pack_into(
             buffer, at, self.incarnation[slot] << 32 | slot, 0, entry_valid, attr_valid, entry_ns, attr_ns
         )
-        return slot
+        return slot, entry_until, attr_until
+
+    def settle(
+        self,
+        parent: int,
+        name: bytes,
+        slot: int,
+        buffer: bytearray,
+        at: int,
+        entry_until: float,
+        attr_until: float,
+    ) -> None:
+        """Note the name and the attributes of an admitted entry, which is still in *buffer*. Raises SlotsExhausted."""
+        start = slot * ATTR_SIZE
+        self.attrs[start : start + ATTR_SIZE] = buffer[at + ENTRY_HEAD_SIZE : at + ENTRY_HEAD_SIZE + ATTR_SIZE]
+        self.attr_until[slot] = attr_until
+        self.set_link(parent, name, slot, entry_until)
 
     def pack_entry(self, slot: int, link: int, now: float) -> bytes:
         """Return the 128 bytes of an entry_out from what is cached."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from math import inf
 from struct import Struct
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,9 @@ def read(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.answer_error(unique, errno.EBADF)
     elif handle.driver_handle is None:
         _open_then(s, unique, node_id, message, handle)
+    elif s.link.mixed:
+        request = bytes(message)
+        s.start(unique, 15, request, tasks.read_in_pieces(s, unique, request, handle))
     else:
         s.forward(15, unique, node_id, handle.slot, message, handle)
 
@@ -131,6 +135,8 @@ def with_handle(s: Service, unique: int, node_id: int, message: memoryview) -> N
         _open_then(s, unique, node_id, message, handle)
     else:
         s.forward(op, unique, node_id, handle.slot, message, handle)
+        if op == Opcode.SETLKW and unique in s.waiting:
+            s.waiting[unique].sent = inf  # whoever holds the lock may hold it for days: no deadline
 
 
 def flush(s: Service, unique: int, node_id: int, message: memoryview) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OUT_HEADER
+from udf.shim import tasks
 from udf.shim.checks import (
     CHECKS,
     ENTRY_OPS,
@@ -77,10 +78,10 @@ def on_message(s: Service, link: Link, size: int) -> None:
         else:
             s.fault(0, "length", "a notification whose length is not its own")
         return
-    if link.incomplete:
+    if link.mixed and link.incomplete:
         _broken(s, link)
     if unique >= OWN_UNIQUE:
-        _own(s, link, unique, error if length == size else -errno.EIO, size)
+        _own(s, link, unique, error, size, whole=length == size and (not error or size == OUT))
         return
     pending = s.waiting.pop(unique, None)
     if pending is None:
@@ -90,6 +91,8 @@ def on_message(s: Service, link: Link, size: int) -> None:
         s.interrupted.pop(unique, None)
     try:
         if length != size or (error and size != OUT):
+            if link.mixed and tasks.read_again(s, unique, pending):
+                return
             raise BadReply(f"a reply of {size} bytes that says it has {length}")
         if error:
             _failed(s, pending, unique, error)
@@ -108,6 +111,18 @@ def on_message(s: Service, link: Link, size: int) -> None:
         return
     if size:
         s.pass_on(unique, link.view[:size])
+    if s.unsettled is not None:
+        settle_entry(s)
+
+
+def settle_entry(s: Service) -> None:
+    """Bring the tables up to date with an entry that the kernel knows already."""
+    entry, s.unsettled = s.unsettled, None
+    assert entry is not None
+    try:
+        s.nodes.settle(*entry)
+    except SlotsExhausted:
+        pass  # the node is there; only its name is not remembered
 
 
 def _broken(s: Service, link: Link) -> None:
@@ -115,7 +130,7 @@ def _broken(s: Service, link: Link) -> None:
     if unique is None:
         return
     pending = s.waiting.pop(unique, None)
-    if pending is not None:
+    if pending is not None and not (link.mixed and tasks.read_again(s, unique, pending)):
         s.fault(pending.op, "BadReply", "a reply that is shorter than it says")
         s.answer_error(unique, errno.EIO)
     task = s.asks.pop(unique, None)
@@ -129,16 +144,21 @@ def give_up_broken(s: Service, link: Link) -> None:
     _broken(s, link)
 
 
-def _own(s: Service, link: Link, unique: int, error: int, size: int) -> None:
-    """An answer to a question of the shim's own."""
+def _own(s: Service, link: Link, unique: int, error: int, size: int, *, whole: bool) -> None:
+    """An answer to a question of the shim's own; *whole*: it is as long as it says."""
     if unique == INTERRUPT_UNIQUE:
         return
     if unique not in s.asks:
         s.fault(0, "unknown", "an answer to a question that was not asked")
         return
     task = s.asks.pop(unique)
-    if task is not None:
-        s.resume(task, (_sane(s, task.op, error), bytes(link.view[OUT:size])))
+    if task is None:
+        return
+    if not whole:
+        s.fault(task.op, "BadReply", f"an answer of {size} bytes that says something else")
+        s.resume(task, (errno.EIO, b""))
+        return
+    s.resume(task, (_sane(s, task.op, error), bytes(link.view[OUT:size])))
 
 
 def _sane(s: Service, op: int, error: int) -> int:
@@ -169,6 +189,8 @@ def settle(s: Service, pending: Pending, size: int) -> None:
     if check is None or s.nodes.slot(pending.node_id) != pending.slot:
         return
     check(s, pending, size)
+    if s.unsettled is not None:
+        settle_entry(s)
     if pending.op in ENTRY_OPS:
         slot = s.nodes.slot(_U64.unpack_from(s.link.buffer, OUT)[0])
         if slot:

@@ -87,6 +87,8 @@ class Service:
         self.refused: dict[int, int] = {}  # opcode -> errno that we answer without asking the driver again
         self.statfs: bytes | None = None
         self.tracer: Tracer | None = None
+        # An entry whose LOOKUP the kernel is answered before the tables are: arguments of NodeTable.settle.
+        self.unsettled: tuple[int, bytes, int, bytearray, int, float, float] | None = None
         self.alive = True
         self._next_own = OWN_UNIQUE + 4
         self._faults: set[tuple[int, str]] = set()
@@ -246,6 +248,7 @@ class Service:
         if request is None:
             return
         if pending is not None:
+            pending.sent = min(pending.sent, monotonic())  # one that waits for a lock has a deadline from now on
             body = INTERRUPT_IN.pack(target)
             self.link.send(_pack_header(HEADER + len(body), Opcode.INTERRUPT, INTERRUPT_UNIQUE, 0, 0, 0, 0, 0) + body)
         if op in PURE:
@@ -285,6 +288,9 @@ class Service:
         if len(self.late) > 4096:  # a driver that never answers is not remembered for ever
             for unique in list(self.late)[:2048]:
                 del self.late[unique]
+        if len(self.asks) > 4096:
+            for unique in [unique for unique, asker in self.asks.items() if asker is None][:-1024]:
+                del self.asks[unique]
 
     def _timed_out(self, op: int) -> None:
         self.counters.timeouts += 1

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.flags import Fattr
 from udf.fuse.opcodes import Opcode
-from udf.fuse.structs import IN_HEADER, OPEN_IN, OPEN_OUT, SETATTR_IN
+from udf.fuse.structs import IN_HEADER, OPEN_IN, OPEN_OUT, READ_IN, SETATTR_IN
 from udf.shim.handles import Handle
-from udf.shim.inflight import Ask, Refuse, Steps, Wait
+from udf.shim.inflight import Ask, Pending, Refuse, Steps, Wait
 
 if TYPE_CHECKING:
     from udf.shim.service import Service
@@ -27,6 +27,8 @@ _U64 = Struct("=Q")
 # Toward the driver an open has none of these: offsets are the kernel's, truncation came as a SETATTR before,
 # and a handle may be opened a second time.
 STRIPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_APPEND | os.O_DIRECT
+# What splice(2) sends to a socket at once is 16 buffers: the header, and 15 pages that need not begin with a page.
+_PIECE = 14 * 4096
 
 
 def without_suid(mode: int) -> int:
@@ -102,6 +104,35 @@ def forward_rename(s: Service, unique: int, node_id: int, message: memoryview) -
     _U64.pack_into(message, 16, s.nodes.driver_id[slot])
     _U64.pack_into(message, BODY, s.nodes.driver_id[new_parent])
     s.send(pending, unique, message)
+
+
+def read_in_pieces(s: Service, unique: int, request: bytes, handle: Handle) -> Steps:
+    """Read as much at a time as a splicing driver answers in one packet."""
+    _, offset, size, *rest = READ_IN.unpack_from(request, BODY)
+    data = bytearray()
+    while len(data) < size:
+        wanted = min(_PIECE, size - len(data))
+        body = READ_IN.pack(handle.driver_handle or 0, offset + len(data), wanted, *rest)
+        error, piece = yield Ask(Opcode.READ, s.nodes.driver_id[handle.slot], body, caller(request))
+        if error:
+            raise Refuse(error)
+        if len(piece) > wanted:
+            s.fault(Opcode.READ, "BadReply", f"{len(piece)} bytes for a read of {wanted}")
+            raise Refuse(errno.EIO)
+        data += piece
+        if len(piece) < wanted:
+            break
+    if s.tasks.pop(unique, None) is not None:
+        s.answer(unique, data, by="driver")
+
+
+def read_again(s: Service, unique: int, pending: Pending) -> bool:
+    """Ask once more, in pieces, for what came mixed with another reply; whether it can be."""
+    if pending.op != Opcode.READ or not isinstance(pending.handle, Handle):
+        return False
+    s.fault(Opcode.READ, "mixed", "replies came mixed, packet by packet: from now on it is read in small pieces")
+    s.start(unique, Opcode.READ, pending.request, read_in_pieces(s, unique, pending.request, pending.handle))
+    return True
 
 
 def open_first(s: Service, unique: int, node_id: int, request: bytes, target: int) -> Steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ class Connection:
                 f"no supervisor listens on {path} ({exc.strerror or exc}): start `udf daemon`"
             ) from exc
         try:
+            self._check_peer()
             self.info = self.call("Info", protocol=PROTOCOL)
             if self.info.get("protocol") != PROTOCOL:
                 raise ControlError(
@@ -72,6 +74,12 @@ class Connection:
             self.close()
             raise
         self._sock.settimeout(None)
+
+    def _check_peer(self) -> None:
+        # A socket in a place that others can write to may be anybody's; what we send and believe is not for anybody.
+        _, uid, _ = struct.unpack("=iII", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if os.geteuid() != 0 and uid not in (0, os.geteuid()):
+            raise UserError(f"the supervisor on {self.path} belongs to the user {uid} and is not trusted")
 
     def __enter__(self) -> Connection:
         return self
@@ -105,7 +113,10 @@ class Connection:
         }
         if more:
             call["more"] = True
-        data = json.dumps(call, ensure_ascii=True).encode() + b"\0"
+        try:
+            data = json.dumps(call, ensure_ascii=False).encode() + b"\0"
+        except UnicodeEncodeError:
+            raise UserError("a path or option is not UTF-8 text, which cannot be told: rename it") from None
         if len(data) > MAX_MESSAGE:
             raise UserError("the request is too large")
         try:

@@ -43,10 +43,10 @@ def main(socket_path: str | None = None) -> int:
 async def _run(control: sockets.ControlSocket) -> None:
     notifier = Notifier(os.environ)
     try:
+        await paths.sweep()  # before anybody is served, who might want one of those mountpoints
         async with running(control.sock, private=False, ending=_ENDING) as frame:
             if notifier.watchdog is not None:
                 frame.nursery.start_soon(_watchdog, notifier, notifier.watchdog)
-            frame.nursery.start_soon(paths.sweep)
             notifier.say(READY=1, STATUS=f"Listening on {control.path}")
             await _until_stopped(frame, notifier)
     finally:

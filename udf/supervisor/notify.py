@@ -17,6 +17,7 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str]) -> None:
         address = environment.get("NOTIFY_SOCKET", "")
         self._sock: socket.socket | None = None
+        self._unsaid: dict[str, str] = {}
         if address.startswith(("/", "@")):
             self._address = "\0" + address[1:] if address.startswith("@") else address
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -34,14 +35,17 @@ class Notifier:
         return microseconds / 1e6 / 2 if microseconds > 0 else None
 
     def say(self, **fields: str | int) -> None:
-        """Send e.g. READY=1, STATUS=…. A full or missing socket loses it: the next one says the same."""
+        """Send e.g. READY=1, STATUS=…; what a full socket does not take now is said with the next message."""
         if self._sock is None:
             return
-        text = "\n".join(f"{key}={str(value).splitlines()[0] if value != '' else ''}" for key, value in fields.items())
+        self._unsaid.update({key: str(value).partition("\n")[0] for key, value in fields.items()})
+        text = "\n".join(f"{key}={value}" for key, value in self._unsaid.items())
         try:
             self._sock.sendto(text.encode(), self._address)
         except OSError:
-            pass
+            self._unsaid.pop("WATCHDOG", None)  # a sign of life is only true at its time
+        else:
+            self._unsaid.clear()
 
     def close(self) -> None:
         """Nothing more to say."""

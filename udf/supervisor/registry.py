@@ -31,6 +31,7 @@ MAX_STARTS = 8  # at once; more would only make each other miss their time limit
 MAX_MOUNTS_OF_OTHERS = 100  # of one user who is neither root nor ours
 MAX_PATH = 4096
 MAX_COMMAND = 16 * 1024
+MAX_REQUEST = 32 * 1024  # it goes on to the driver host in one message of at most 64 KiB
 DEFAULT_START_TIMEOUT = 30.0
 NOFILE = 65536  # a driver that mirrors a tree keeps a descriptor for each file that the kernel knows
 STOP_ALL_TIMEOUT = 60.0  # below systemd's TimeoutStopSec
@@ -251,6 +252,12 @@ class Registry:
 def _check_request(request: MountRequest) -> None:
     if (request.driver is None) == (request.command is None):
         raise UserError("say what serves the mount: either a driver or a command to execute")
+    try:
+        size = len(msgspec.json.encode(request))
+    except UnicodeEncodeError:
+        raise UserError("a path or option is not UTF-8 text, which cannot be told on: rename it") from None
+    if size > MAX_REQUEST:
+        raise UserError(f"the request is larger than {MAX_REQUEST // 1024} KiB: use shorter options")
     for text, what, limit in (
         (request.mountpoint, "mountpoint", MAX_PATH),
         (request.source, "source", MAX_PATH),

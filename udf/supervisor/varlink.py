@@ -255,6 +255,7 @@ class _Connection:
         self._stream = stream
         self.peer = peer
         self._at_end = False
+        self._sending = trio.Lock()
         self._abandoned: trio.CancelScope | None = None
 
     @contextmanager
@@ -308,11 +309,12 @@ class _Connection:
         data = _encode(reply) + b"\0"
         try:
             with trio.fail_after(SEND_TIMEOUT):
-                await self._stream.send_all(data)
+                async with self._sending:  # a last word may come while an answer is on its way
+                    await self._stream.send_all(data)
         except trio.TooSlowError:
             log.info("a client (process %d) read nothing for %g s and was cut off", self.peer.pid, SEND_TIMEOUT)
             raise ClientGoneError from None
-        except (trio.BrokenResourceError, trio.BusyResourceError) as exc:
+        except trio.BrokenResourceError as exc:
             raise ClientGoneError from exc
 
     async def refuse(self, sentence: str) -> None:

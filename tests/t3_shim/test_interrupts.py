@@ -1,0 +1,306 @@
+"""Signals to programs that wait for the driver, and answers that come too late."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+import pytest
+
+from tests.t3_shim.raw_driver import RawDriver
+from tests.t3_shim.supervising import Mount, can_mount, mounted
+from tests.t3_shim.test_lookup_counts import nothing_is_held
+from udf.fuse import structs
+from udf.fuse.opcodes import Opcode
+
+pytestmark = can_mount
+
+
+def grow(driver: RawDriver) -> None:
+    driver.tree.file("file", b"data")
+    driver.tree.file("other", b"other")
+    driver.tree.directory("d")
+
+
+def killed_in(mount: Mount, op: int, call: str, name: str, *args: object) -> float:
+    """Kill a program with SIGKILL while this waits for the driver; how long it took to end."""
+    program = mount.program()
+    mount.driver.hold(op)
+    program.start(call, mount.path(name), *args)
+    mount.driver.wait_for(op)
+    began = time.monotonic()
+    program.signal(signal.SIGKILL)
+    assert program.ended(10)
+    return time.monotonic() - began
+
+
+PURE = {
+    Opcode.READ: ("direct_read", "file"),
+    Opcode.LOOKUP: ("stat", "missing"),
+    Opcode.GETATTR: ("stat", ""),
+    Opcode.OPEN: ("slurp", "other"),
+    Opcode.OPENDIR: ("names", "d"),
+    Opcode.READDIRPLUS: ("names", "d"),
+    Opcode.GETXATTR: ("getxattr", "file", "user.x"),
+    Opcode.STATFS: ("statfs", ""),
+}
+
+
+@pytest.mark.parametrize("op", PURE, ids=lambda op: op.name)
+def test_a_killed_reader_ends_at_once(op):
+    with mounted(grow) as mount:
+        assert killed_in(mount, op, *PURE[op]) < 1.5
+        mount.driver.answers.clear()
+        assert mount.do("slurp", "file") == b"data"
+
+
+def test_a_killed_reader_ends_at_once_while_its_file_is_being_opened():
+    with mounted(grow, open="lazy") as mount:
+        assert killed_in(mount, Opcode.OPEN, "direct_read", "file") < 1.5
+        mount.driver.answers.clear()
+        assert mount.do("direct_read", "file") == b"data"
+
+
+def test_a_killed_reader_ends_at_once_after_a_signal_that_it_handled_while_its_file_was_being_opened():
+    """The kernel sends one INTERRUPT for a request: it was forgotten when the READ followed the OPEN."""
+    with mounted(grow, open="lazy") as mount:
+        driver, program = mount.driver, mount.program()
+        driver.hold(Opcode.OPEN, Opcode.READ)
+        program.start("interruptible_read", mount.path("file"))
+        request = driver.wait_for(Opcode.OPEN)
+        program.signal(signal.SIGUSR1)
+        while not mount.counters()["interrupts"]:
+            pass
+        driver.reply(request, driver.usual(request))
+        assert program.wait(3) == errno.EINTR
+
+
+def test_a_handled_signal_gives_eintr_after_a_grace():
+    with mounted(grow) as mount:
+        driver, program = mount.driver, mount.program()
+        driver.hold(Opcode.READ)
+        program.start("interruptible_read", mount.path("file"))
+        request = driver.wait_for(Opcode.READ)
+        began = time.monotonic()
+        program.signal(signal.SIGUSR1)
+        assert program.wait(3) == errno.EINTR
+        assert time.monotonic() - began > 0.15
+        interrupt = driver.wait_for(Opcode.INTERRUPT)
+        assert interrupt.fields(structs.INTERRUPT_IN)["unique"] == request.unique
+        driver.reply(request, b"late")
+        driver.answers.clear()
+        assert mount.do("slurp", "file") == b"data"
+        assert not mount.faults()
+
+
+def test_a_prompt_answer_is_better_than_eintr():
+    with mounted(grow) as mount:
+        driver, program = mount.driver, mount.program()
+        driver.hold(Opcode.READ)
+        program.start("interruptible_read", mount.path("file"))
+        request = driver.wait_for(Opcode.READ)
+        program.signal(signal.SIGUSR1)
+        driver.wait_for(Opcode.INTERRUPT)
+        driver.reply(request, b"data")
+        assert program.wait(3) == 0
+
+
+@pytest.mark.parametrize("answer", [errno.EAGAIN, errno.ENOSYS, b"", b"nonsense"])
+def test_an_answer_to_an_interrupt_means_nothing(answer):
+    with mounted(grow) as mount:
+        driver, program = mount.driver, mount.program()
+        driver.hold(Opcode.READ)
+        program.start("interruptible_read", mount.path("file"))
+        driver.wait_for(Opcode.READ)
+        program.signal(signal.SIGUSR1)
+        driver.reply(driver.wait_for(Opcode.INTERRUPT), answer)
+        assert program.wait(3) == errno.EINTR
+        assert not mount.faults()
+
+
+def test_a_driver_may_answer_eintr_itself():
+    with mounted(grow) as mount:
+        driver, program = mount.driver, mount.program()
+        driver.hold(Opcode.READ)
+        program.start("interruptible_read", mount.path("file"))
+        request = driver.wait_for(Opcode.READ)
+        program.signal(signal.SIGUSR1)
+        driver.wait_for(Opcode.INTERRUPT)
+        driver.reply(request, errno.EINTR)
+        assert program.wait(3) == errno.EINTR
+
+
+CHANGES = {
+    Opcode.MKDIR: ("mkdir", "new"),
+    Opcode.CREATE: ("spill", "new", b""),
+    Opcode.UNLINK: ("unlink", "other"),
+    Opcode.SETATTR: ("chmod", "other", 0o600),
+    Opcode.WRITE: ("spill", "other", b"w"),
+}
+
+
+@pytest.mark.parametrize("op", CHANGES, ids=lambda op: op.name)
+def test_a_change_waits_for_its_answer_even_when_its_program_is_killed(op):
+    with mounted(grow) as mount:
+        driver, program = mount.driver, mount.program()
+        driver.hold(op)
+        call, name, *args = CHANGES[op]
+        program.start(call, mount.path(name), *args)
+        request = driver.wait_for(op)
+        program.signal(signal.SIGKILL)
+        driver.wait_for(Opcode.INTERRUPT)
+        assert not program.ended(0.6), "nobody knows whether it was done"
+        assert mount.do("slurp", "file") == b"data"
+        driver.reply(request, driver.usual(request))
+        assert program.ended(3)
+        driver.answers.clear()
+        nothing_is_held(mount)
+
+
+# ---- late
+
+
+LATE = {
+    Opcode.LOOKUP: ("stat", "file"),
+    Opcode.MKDIR: ("mkdir", "new"),
+    Opcode.CREATE: ("spill", "new", b""),
+    Opcode.LINK: ("link_to", "file", "new"),
+    Opcode.SYMLINK: ("symlinked", "new"),
+    Opcode.UNLINK: ("unlink", "file"),
+    Opcode.RENAME: ("rename_to", "file", "new"),
+    Opcode.OPEN: ("slurp", "file"),
+    Opcode.OPENDIR: ("names", "d"),
+    Opcode.READDIRPLUS: ("names", ""),
+    Opcode.READ: ("direct_read", "file"),
+    Opcode.WRITE: ("spill", "file", b"w"),
+    Opcode.SETATTR: ("chmod", "file", 0o600),
+}
+
+
+@pytest.mark.parametrize("op", LATE, ids=lambda op: op.name)
+def test_what_a_late_answer_did_is_settled(op):
+    """Look-ups that it gave go back, a handle that it opened is closed, a name that it made is there."""
+    with mounted(grow, deadline=0.3) as mount:
+        driver = mount.driver
+        driver.hold(op)
+        call, name, *args = LATE[op]
+        assert mount.fails(call, name, *args) == errno.ETIMEDOUT
+        driver.answers.clear()
+        for request in [request for request in driver.log if request.op == op]:
+            driver.reply(request, driver.usual(request))
+        assert [fault for fault in mount.faults() if "no answer" not in fault[1]] == []
+        mount.do("walk")
+        wanted = {"d", "other", *(() if op in (Opcode.UNLINK, Opcode.RENAME) else ("file",))}
+        wanted |= {"new"} if op in (Opcode.MKDIR, Opcode.CREATE, Opcode.LINK, Opcode.SYMLINK, Opcode.RENAME) else set()
+        assert set(mount.do("names")) == wanted
+        for name in wanted:
+            mount.do("stat", name)
+        nothing_is_held(mount)
+
+
+@pytest.mark.parametrize("op", [Opcode.LOOKUP, Opcode.CREATE, Opcode.MKDIR])
+def test_a_late_answer_about_a_directory_that_is_forgotten_is_given_back(op):
+    """The driver counted a look-up for ever, and a handle stayed open."""
+
+    def prepare(driver: RawDriver) -> None:
+        grow(driver)
+        driver.tree.file("inner", b"", parent=4)
+
+    with mounted(prepare, deadline=0.3) as mount:
+        driver = mount.driver
+        call, name, args = {
+            Opcode.LOOKUP: ("stat", "d/inner", ()),
+            Opcode.CREATE: ("spill", "d/new", (b"",)),
+            Opcode.MKDIR: ("mkdir", "d/new", ()),
+        }[op]
+        driver.hold(op)
+        assert mount.fails("stat", "d", seconds=5) == errno.ETIMEDOUT if op == Opcode.LOOKUP else mount.do("stat", "d")
+        if op == Opcode.LOOKUP:
+            del driver.answers[op]
+            mount.do("stat", "d")
+            driver.hold(op)
+        assert mount.fails(call, name, *args) == errno.ETIMEDOUT
+        for _ in range(5):
+            mount.usual.do("drop_caches")
+        assert mount.counters()["nodes"] == 1
+        driver.answers.clear()
+        for request in [request for request in driver.log if request.op == op]:
+            driver.reply(request, driver.usual(request))
+        nothing_is_held(mount)
+
+
+# ---- deadlines
+
+
+OPERATIONS = {
+    **PURE,
+    **CHANGES,
+    Opcode.FSYNC: ("fsync", "file"),
+    Opcode.READLINK: ("readlink", "pointer"),
+    Opcode.FLUSH: ("spill", "file", b"w"),
+    Opcode.SETXATTR: ("setxattr", "file", "user.x", b"x"),
+}
+
+
+def test_nothing_waits_longer_than_the_deadline():
+    def prepare(driver: RawDriver) -> None:
+        grow(driver)
+        driver.tree.add(1, b"pointer", 0o120777, b"file")
+        driver.tree.valid = 0.0
+
+    with mounted(prepare, deadline=1.0) as mount:
+        programs = []
+        for op, (call, name, *args) in OPERATIONS.items():
+            program = mount.program()
+            program.do("access_open" if op == Opcode.READ else "stat", mount.path(name if name != "new" else ""))if name not in ("missing",) else None
+            programs.append((op, program))
+        mount.driver.hold(*(op for op in OPERATIONS if op not in (Opcode.LOOKUP, Opcode.GETATTR)))
+        mount.driver.answers[Opcode.LOOKUP] = lambda q: None if q.names()[0] == b"missing" else mount.driver.usual(q)
+        for op, program in programs:
+            call, name, *args = OPERATIONS[op]
+            if op not in (Opcode.GETATTR, Opcode.STATFS):
+                program.start(call, mount.path(name), *args)
+        began = time.monotonic()
+        for op, program in programs:
+            if op in (Opcode.GETATTR, Opcode.STATFS):
+                continue
+            with pytest.raises(OSError) as caught:
+                program.wait(8)
+            assert caught.value.errno == errno.ETIMEDOUT, op.name
+        assert time.monotonic() - began < 6
+        mount.driver.answers.clear()
+        assert mount.do("slurp", "file")[1:] == b"ata"
+        assert mount.counters()["waiting"] == 0
+
+
+def test_statfs_comes_from_the_cache_when_the_driver_does_not_answer():
+    with mounted(grow, deadline=1.0) as mount:
+        known = mount.do("statfs")
+        mount.driver.hold(Opcode.STATFS)
+        began = time.monotonic()
+        assert mount.do("statfs") == known
+        assert time.monotonic() - began < 3
+        assert mount.counters()["timeouts"] == 1
+        assert [op for op, _ in mount.faults()] == ["STATFS"]
+
+
+def test_statfs_that_was_never_answered_times_out():
+    with mounted(grow, deadline=0.5) as mount:
+        mount.driver.hold(Opcode.STATFS)
+        assert mount.fails("statfs", seconds=4) == errno.ETIMEDOUT
+
+
+def test_a_handle_whose_open_is_never_answered_times_out_for_each_reader():
+    with mounted(grow, deadline=0.5, open="lazy") as mount:
+        mount.driver.hold(Opcode.OPEN)
+        fd = mount.do("open", "file", os.O_RDONLY)
+        for _ in range(2):
+            assert mount.usual.fails("pread", fd, 4, 0, seconds=5) == errno.ETIMEDOUT
+        for request in [request for request in mount.driver.log if request.op == Opcode.OPEN]:
+            mount.driver.reply(request, mount.driver.usual(request))
+        mount.driver.answers.clear()
+        assert mount.usual.do("pread", fd, 4, 0) == b"data"
+        mount.usual.do("close", fd)
+        nothing_is_held(mount)

@@ -1,0 +1,1 @@
+"""FUSE programs that know nothing of UDF, unmodified, through the real command line."""
