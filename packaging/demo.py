@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -232,25 +233,39 @@ def show_memory(mem: Path) -> None:
 def show_trace(stage: Stage, doc: Path) -> None:
     command = [*UDF, "trace", str(doc), "--socket", str(stage.socket)]
     print(f"$ udf trace {doc} &   # and then a stat, two ls and a statfs")
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as trace:
+
+    def look() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (doc / f"no-such-file-{time.monotonic_ns()}").stat()
+
+    def list_and_measure() -> None:
+        folder = next(path for path in sorted(doc.iterdir()) if path.is_dir())
+        os.listdir(folder)
+        os.statvfs(doc)
+
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as trace:
         try:
-            assert trace.stdout is not None
-            first = trace.stdout.readline()  # the heading comes when tracing is on
-            missing = doc / f"no-such-file-{os.getpid()}"
-            with contextlib.suppress(FileNotFoundError):
-                missing.stat()
-            folder = next(path for path in sorted(doc.iterdir()) if path.is_dir())
-            os.listdir(folder)
-            os.statvfs(doc)
-            lines = [first]
-            for line in trace.stdout:
-                lines.append(line)
-                if "STATFS" in line:
-                    break
+            text = until_traced(trace, look, "LOOKUP") + until_traced(trace, list_and_measure, "STATFS")
         finally:
             trace.send_signal(signal.SIGINT)
-    print("".join(lines).rstrip())
-    check(any("LOOKUP" in line for line in lines), "the trace shows no LOOKUP")
+    print(text.rstrip())
+
+
+def until_traced(trace: subprocess.Popen[bytes], act: Callable[[], None], word: str) -> str:
+    """Act until the trace shows it, and return what it showed: it begins a moment after its heading."""
+    assert trace.stdout is not None
+    shown = b""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        act()
+        while select.select([trace.stdout], [], [], 0.5)[0]:
+            data = os.read(trace.stdout.fileno(), 65536)
+            if not data:
+                raise DemoError("the trace ended by itself")
+            shown += data
+            if word.encode() in shown and shown.endswith(b"\n"):
+                return shown.decode()
+    raise DemoError(f"the trace shows no {word}")
 
 
 def regular_files(root: Path) -> Iterator[Path]:

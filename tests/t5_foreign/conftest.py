@@ -19,9 +19,10 @@ import pyfuse3
 import pytest
 
 from tests.conftest import make_runtime_dir, mounts_below, wait_for_end
-from tests.t5_cli.conftest import Command, Daemon, running_daemon
+from tests.t5_cli.conftest import Command, Daemon, as_nobody, no_system_daemon, running_daemon
 from tests.t5_foreign.programs import Program, directory, grow, in_directory, need, run
 
+__all__ = ["as_nobody", "no_system_daemon"]  # fixtures for the tests here, too
 EXAMPLES = Path("/usr/share/doc/libfuse3-dev/examples")
 
 can_mount = os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)

@@ -1,6 +1,7 @@
-"""A program that tries, in the directory it is given, what some filesystems can and others cannot; prints the results.
+"""A program that tries, in the directory it is given, what some filesystems can and others cannot.
 
-What matters is that a program gives the same results through UDF as mounted directly, so nothing here is right or wrong.
+It prints the results. A foreign program must give the same ones through UDF and mounted directly; none of them is
+right or wrong by itself.
 """
 
 from __future__ import annotations

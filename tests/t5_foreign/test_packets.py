@@ -81,10 +81,10 @@ def test_packets_of_two_replies_in_turn_never_become_one() -> None:
         for name, program in programs.items():
             assert program.wait() == CONTENTS[name]
         asked = driver.count(Opcode.READ)
-        for name in CONTENTS:
-            assert shim.do("direct_read", name, CHUNK) == CONTENTS[name]
+        for name, contents in CONTENTS.items():
+            assert shim.do("direct_read", name, CHUNK) == contents
         assert driver.count(Opcode.READ) == asked + 3 * 3, "each in three pieces"
-        assert [what for what, _ in shim.faults()] == ["READ", "unknown"] or shim.faults()
+        assert "READ" in [operation for operation, _ in shim.faults()]
 
 
 @can_mount
@@ -120,7 +120,9 @@ def test_many_replies_in_pieces_one_after_the_other() -> None:
             driver.send(*(reply[at : at + 50000] for at in range(0, len(reply), 50000)))
 
         driver.answers = {Opcode.READ: split}
-        reader = shim.program()
-        for _ in range(300):
-            assert reader.do("direct_read", shim.path("one"), CHUNK) == CONTENTS["one"]
+        readers = [shim.program() for _ in range(3)]
+        for name, reader in zip(CONTENTS, readers, strict=True):
+            reader.start("times", 500, "direct_read", shim.path(name), CHUNK)
+        for reader in readers:
+            reader.wait(60)
         assert shim.faults() == []

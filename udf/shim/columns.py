@@ -111,9 +111,12 @@ class Index:
 
     def add(self, slot: int, hashed: int) -> None:
         """Put *slot* in front of its chain."""
-        bucket = self._bucket(hashed)
-        self.chain[slot] = self.buckets[bucket]
-        self.buckets[bucket] = slot
+        bucket = hashed & (self.base - 1)
+        if bucket < self.split:
+            bucket = hashed & (2 * self.base - 1)
+        buckets = self.buckets
+        self.chain[slot] = buckets[bucket]
+        buckets[bucket] = slot
         self.count += 1
         if self.count > 2 * (self.base + self.split) and 2 * self.base <= len(self.buckets):
             self._grow()
@@ -134,13 +137,14 @@ class Index:
     def _grow(self) -> None:
         old, new = self.split, self.split + self.base
         mask = 2 * self.base - 1
+        chain, hash_of = self.chain, self._hash_of
         at, stay, move = self.buckets[old], 0, 0
         while at:
-            following = self.chain[at]
-            if self._hash_of(at) & mask == old:
-                self.chain[at], stay = stay, at
+            following = chain[at]
+            if hash_of(at) & mask == old:
+                chain[at], stay = stay, at
             else:
-                self.chain[at], move = move, at
+                chain[at], move = move, at
             at = following
         self.buckets[old], self.buckets[new] = stay, move
         self.split += 1

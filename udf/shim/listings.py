@@ -65,7 +65,8 @@ class ListingCache:
             op = Opcode.READDIRPLUS if ask_plus else Opcode.READDIR
             before = len(listing.ends)
             driver_offset = listing.next_offset
-            body = READ_IN.pack(handle.driver_handle or 0, driver_offset, max(size, _CHUNK), 0, 0, 0)
+            wanted = size if ask_plus and plus else max(size, _CHUNK)
+            body = READ_IN.pack(handle.driver_handle or 0, driver_offset, wanted, 0, 0, 0)
             error, chunk = yield Ask(op, s.nodes.driver_id[handle.slot], body, caller(request))
             if handle.listing is not listing or len(listing.ends) != before:
                 # another reader of the same handle was quicker, or rewound it
@@ -78,13 +79,22 @@ class ListingCache:
                 continue
             if error:
                 raise Refuse(error)
+            # A chunk of just what the kernel asks for is its answer, once our ids are in it.
+            relay = ask_plus and plus and offset == before and len(chunk) <= size and unique in s.tasks
+            answer = bytearray(chunk)
             try:
-                self._take(s, handle, listing, bytearray(chunk), ask_plus)
+                self._take(s, handle, listing, answer, ask_plus, relay)
                 if not listing.complete and listing.next_offset == driver_offset:
                     raise BadEntry("a listing that does not get ahead")
             except BadEntry as bad:
+                if relay:
+                    self._take_back(s, answer, len(listing.ends) - before)
                 s.fault(op, "listing", str(bad))
                 raise Refuse(errno.EIO) from None
+            if relay and answer:
+                del s.tasks[unique]
+                s.answer(unique, answer, by="driver")
+                return
         if listing.complete:
             self._keep(s, handle.slot, listing)
         if s.tasks.pop(unique, None) is not None:
@@ -123,8 +133,11 @@ class ListingCache:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= len(oldest.data)
 
-    def _take(self, s: Service, handle: Handle, listing: Listing, chunk: bytearray, plus: bool) -> None:
-        """Append a driver's chunk. Raises BadEntry; what came before the bad entry stays."""
+    def _take(self, s: Service, handle: Handle, listing: Listing, chunk: bytearray, plus: bool, relay: bool) -> None:
+        """Append a driver's chunk. Raises BadEntry; what came before the bad entry stays.
+
+        With *relay* the chunk becomes the kernel's: its offsets and entries ours, and a lookup counted for each node.
+        """
         end = len(chunk)
         if end == 0:
             listing.complete = True
@@ -151,15 +164,35 @@ class ListingCache:
                         if driver_id != ROOT:
                             nodes.forgets.append((driver_id, 1))
                         raise
-                    nodes.pins[slot] += 1
+                    if relay:
+                        nodes.lookups[slot] += 1
+                    else:
+                        nodes.pins[slot] += 1
                     ino = _U64.unpack_from(chunk, at + 40)[0]
-            listing.add(ino, kind & 0xF, name, slot)
+            if relay:
+                if not slot:
+                    chunk[at : at + head] = _NO_ENTRY  # of "." and "..", which count no lookup
+                _U64.pack_into(chunk, at + head + 8, len(listing.ends) + 1)
+                listing.add(ino, kind & 0xF, name, 0)
+            else:
+                listing.add(ino, kind & 0xF, name, slot)
             listing.next_offset = driver_offset
             at += (head + 24 + length + 7) & ~7
+        if relay:
+            del chunk[at:]
         if at == 0:
             raise BadEntry("a listing that is shorter than its first entry")
         if len(listing.data) > LISTING_LIMIT:
             raise BadEntry(f"a listing of more than {LISTING_LIMIT >> 20} MiB; it may never end")
+
+    def _take_back(self, s: Service, chunk: bytearray, count: int) -> None:
+        """Uncount the lookups of the first *count* entries of a chunk that turned out bad before the kernel saw it."""
+        at = 0
+        for _ in range(count):
+            slot = s.nodes.slot(_U64.unpack_from(chunk, at)[0])
+            if slot:
+                s.nodes.forget(slot, 1)
+            at += (ENTRY_OUT.size + 24 + _DIRENT.unpack_from(chunk, at + ENTRY_OUT.size)[2] + 7) & ~7
 
     def _give_back(self, s: Service, chunk: bytes) -> None:
         """Forget the look-ups of a chunk that nobody needs any more."""

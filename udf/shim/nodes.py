@@ -72,7 +72,7 @@ class NodeTable:
         self._link_sibling = column("I", n)
         self._link_until = memory.floats(n)
         link_hash, driver_id = self._link_hash, self.driver_id
-        self._by_name = Index(column("I", n), self._link_chain, lambda slot: link_hash[slot])
+        self._by_name = Index(column("I", n), self._link_chain, link_hash.__getitem__)
         self._by_driver = Index(column("I", n), self._driver_chain, lambda slot: _mix(driver_id[slot]))
         self._slots = Slots(self._driver_chain)
         self._links = Slots(self._link_chain)
@@ -113,7 +113,9 @@ class NodeTable:
 
     def link(self, parent: int, name: bytes) -> int:
         """Return the link called *name* in *parent*, or 0."""
-        hashed = crc32(name, parent)
+        return self._find(crc32(name, parent), parent, name)
+
+    def _find(self, hashed: int, parent: int, name: bytes) -> int:
         link = self._by_name.first(hashed)
         while link:
             if (
@@ -319,7 +321,8 @@ class NodeTable:
         """Make *name* in *parent* mean *slot*; a directory loses the name that it had elsewhere."""
         if self.negatives:
             self.negatives.pop((self.node_id(parent), name), None)
-        link = self.link(parent, name)
+        hashed = crc32(name, parent)
+        link = self._find(hashed, parent, name)
         if link:
             known = self.link_node[link]
             if known == slot:
@@ -327,14 +330,14 @@ class NodeTable:
                 return
             self._remove_link(link)
             self.release(known)
-        if self.mode(slot) & 0o170000 == stat.S_IFDIR and self.first_link[slot]:
-            old_parent = self.link_parent[self.first_link[slot]]
-            self._remove_link(self.first_link[slot])
+        first = self.first_link[slot]
+        if first and self.mode(slot) & 0o170000 == stat.S_IFDIR:
+            old_parent = self.link_parent[first]
+            self._remove_link(first)
             self.pins[slot] += 1  # a directory moved below itself by a lying driver must not free what we hold
             self.release(old_parent)
             self.pins[slot] -= 1
         link = self._links.take()
-        hashed = crc32(name, parent)
         self._link_name[link] = self._names.put(name)
         self._link_hash[link] = hashed
         self.link_parent[link] = parent

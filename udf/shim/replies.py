@@ -175,18 +175,19 @@ def _unexpected(s: Service, link: Link, unique: int, error: int, size: int) -> N
     if pending is None:
         s.fault(0, "unknown", "a reply to a request that was not made, or a second reply to one")
         return
-    if error or size < OUT:
-        return
     try:
-        settle(s, pending, size)
+        if not error:
+            settle(s, pending, size)
     except (BadReply, BadEntry, SlotsExhausted):
-        return
+        pass
+    finally:
+        s.unpin_late(pending)
 
 
 def settle(s: Service, pending: Pending, size: int) -> None:
     """Do what a late reply changes: its names and counts are true, but no program has its handle or its lookup."""
     check = CHECKS.get(pending.op)
-    if check is None or s.nodes.slot(pending.node_id) != pending.slot:
+    if check is None:
         return
     check(s, pending, size)
     if s.unsettled is not None:

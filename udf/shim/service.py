@@ -40,6 +40,7 @@ _pack_out = OUT_HEADER.pack
 _OP_NAMES = {int(op): op.name for op in Opcode}
 GRACE = 0.2  # seconds that an interrupted request still has when its caller is not dying
 _SIGKILL_BIT = 1 << 8
+_LATE_REQUEST = 9000  # bytes: two names of the greatest length and what is before them
 INTERRUPT_UNIQUE = OWN_UNIQUE + 3  # drivers answer an INTERRUPT or not: what comes is dropped
 
 
@@ -259,12 +260,23 @@ class Service:
         self.interrupted.pop(unique, None)
         pending = self.waiting.pop(unique, None)
         if pending is not None:
-            self.late[unique] = pending
+            self._remember_late(unique, pending)
             self.answer_error(unique, error)
             return
         task = self.tasks.get(unique)
         if task is not None:
             self.end_task(task, error)  # its steps go on, to note what they have changed
+
+    def _remember_late(self, unique: int, pending: Pending) -> None:
+        """Wait for the reply to settle it; its node lives as long, and what it was to write is not needed any more."""
+        pending.request = pending.request[:_LATE_REQUEST]
+        self.nodes.pins[pending.slot] += 1
+        self.late[unique] = pending
+
+    def unpin_late(self, pending: Pending) -> None:
+        """What was late is settled, or will never be."""
+        self.nodes.pins[pending.slot] -= 1
+        self.nodes.release(pending.slot)
 
     def check_time(self, now: float) -> None:
         """Give up what is past its deadline or was interrupted."""
@@ -277,7 +289,7 @@ class Service:
                 continue
             self._timed_out(pending.op)
             if pending.op == Opcode.STATFS and self.statfs is not None:
-                self.late[unique] = self.waiting.pop(unique)
+                self._remember_late(unique, self.waiting.pop(unique))
                 self.answer(unique, self.statfs, by="cache")
             else:
                 self.give_up(unique, errno.ETIMEDOUT)
@@ -287,7 +299,7 @@ class Service:
                 self.give_up(unique, errno.ETIMEDOUT)
         if len(self.late) > 4096:  # a driver that never answers is not remembered for ever
             for unique in list(self.late)[:2048]:
-                del self.late[unique]
+                self.unpin_late(self.late.pop(unique))
         if len(self.asks) > 4096:
             for unique in [unique for unique, asker in self.asks.items() if asker is None][:-1024]:
                 del self.asks[unique]
@@ -308,6 +320,8 @@ class Service:
             self.answer_error(unique, errno.EIO)
         for task in list(self.tasks.values()):
             self.end_task(task, errno.EIO)
+        for late in self.late.values():
+            self.unpin_late(late)
         for table in (self.late, self.asks, self.opening, self.interrupted):
             table.clear()
         self.nodes.forgets.clear()
