@@ -25,6 +25,7 @@ TEST_PACKAGES=(
   'openssh-server   : test -x /usr/sbin/sshd'
   'openssh-client   : command -v ssh-keygen'
   'bindfs           : command -v bindfs'
+  'fuse-overlayfs   : command -v fuse-overlayfs'
   'fuse-zip         : command -v fuse-zip'
   'zip              : command -v zip'
   'fuseiso          : command -v fuseiso'

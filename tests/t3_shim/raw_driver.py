@@ -372,6 +372,7 @@ class RawDriver(threading.Thread):
         self.mangle: Callable[[Request, Answer], Answer] | None = None  # given what would be answered
         self.init = structs.INIT_OUT.pack(7, minor, 131072, flags & 0xFFFFFFFF, 12, 9, max_write, 1, 32, 0, 0, 0, 0)
         self.log: list[Request] = []
+        self.unanswered: list[Request] = []
         self.errors: list[BaseException] = []
         self.reading = threading.Event()
         self.reading.set()
@@ -419,6 +420,13 @@ class RawDriver(threading.Thread):
         """Do not answer these any more."""
         for op in ops:
             self.answers[op] = lambda request: None
+
+    def answer_late(self) -> None:
+        """Answer everything that was held, rightly."""
+        self.answers.clear()
+        while self.unanswered:
+            request = self.unanswered.pop(0)
+            self.reply(request, self.usual(request))
 
     def usual(self, request: Request) -> Answer:
         """What the tree says."""
@@ -507,6 +515,8 @@ class RawDriver(threading.Thread):
         except BaseException as error:
             self.errors.append(error)
             answer = errno.ENOTRECOVERABLE
+        if answer is None and op not in UNANSWERED:
+            self.unanswered.append(request)
         with self._changed:
             self.log.append(request)
             self._changed.notify_all()

@@ -122,7 +122,7 @@ def test_many_replies_in_pieces_one_after_the_other() -> None:
         driver.answers = {Opcode.READ: split}
         readers = [shim.program() for _ in range(3)]
         for name, reader in zip(CONTENTS, readers, strict=True):
-            reader.start("times", 500, "direct_read", shim.path(name), CHUNK)
+            reader.start("times", 2500, "direct_read", shim.path(name), CHUNK)
         for reader in readers:
             reader.wait(60)
         assert shim.faults() == []

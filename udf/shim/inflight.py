@@ -90,11 +90,12 @@ Steps = Generator["Ask | Wait", "Answer", None]
 class Task:
     """A kernel request that takes several steps at the driver; each step's answer resumes the generator."""
 
-    __slots__ = ("asked", "op", "request", "steps", "unique")
+    __slots__ = ("asked", "op", "request", "slot", "steps", "unique")
 
-    def __init__(self, unique: int, op: int, request: bytes, steps: Steps, started: float) -> None:
+    def __init__(self, unique: int, op: int, slot: int, request: bytes, steps: Steps, started: float) -> None:
         self.unique = unique
         self.op = op
+        self.slot = slot  # pinned: it stays this node's as long as the steps take
         self.request = request
         self.steps = steps
         self.asked = started  # when the step under way was sent

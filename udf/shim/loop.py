@@ -28,6 +28,7 @@ from udf.shim.trace import Tracer
 
 REQUEST_BUFFER = 128 * 1024 + 8192  # the kernel wants at least max_write + 80 and 8192
 _HEARTBEAT = 1.0
+_LOOK = 0.25  # how often what waits is looked at
 _TICK = 0.05  # how often deadlines of interrupted requests are looked at
 _BROKEN_AFTER = 1.0  # seconds that the rest of a reply in several packets is waited for
 _IN, _OUT, _HUP, _ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
@@ -79,13 +80,15 @@ class Loop:
         poll = self._epoll.poll
         spin = self._spin
         device, link = s.device, s.link.fd
-        next_beat = 0.0
+        next_beat = next_look = 0.0
         forgets = s.nodes.forgets
         try:
             while True:
                 events = spin.poll(poll) if spin.wanted else None
                 if not events:
-                    timeout = _TICK if s.interrupted or s.link.incomplete else _HEARTBEAT
+                    timeout = (
+                        _TICK if s.interrupted or s.link.incomplete else _LOOK if s.waiting or s.tasks else _HEARTBEAT
+                    )
                     events = poll(timeout)
                 for fd, event in events:
                     if fd == device:
@@ -99,15 +102,23 @@ class Loop:
                     else:
                         self._unmount_ended()
                 if forgets:
-                    s.link.send_forgets(forgets)
+                    self._send_forgets(forgets)
                 now = monotonic()
-                if now >= next_beat or s.interrupted or s.link.incomplete:
+                if now >= next_look or s.interrupted or s.link.incomplete:
+                    next_look = now + _LOOK
                     self._tick(now)
                     if now >= next_beat:
                         next_beat = now + _HEARTBEAT
                         self.tell({"t": "heartbeat"})
         except Unmounted:
             return
+
+    def _send_forgets(self, forgets: list[tuple[int, int]]) -> None:
+        try:
+            self.s.link.send_forgets(forgets)
+        except LinkClosed as closed:
+            forgets.clear()
+            self._lose_link(str(closed))
 
     def _tick(self, now: float) -> None:
         s = self.s

@@ -181,7 +181,7 @@ def _unexpected(s: Service, link: Link, unique: int, error: int, size: int) -> N
     except (BadReply, BadEntry, SlotsExhausted):
         pass
     finally:
-        s.unpin_late(pending)
+        s.unpin(pending.slot)
 
 
 def settle(s: Service, pending: Pending, size: int) -> None:

@@ -35,6 +35,7 @@ _GETATTR_FH = int(GetattrFlag.FH)
 _FATTR_FH = int(Fattr.FH)
 _FATTR_MODE = int(Fattr.MODE)
 _FATTR_OWNER = int(Fattr.UID | Fattr.GID)
+_FATTR_HOW = int(Fattr.FH | Fattr.LOCKOWNER)
 _FATTR_KILL = int(Fattr.KILL_SUIDGID)
 _ACL_KILL = int(SetxattrFlag.ACL_KILL_SGID)
 
@@ -123,7 +124,12 @@ def setattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None
         else:
             _U64.pack_into(message, BODY + 8, handle.driver_handle)
     mode = nodes.mode(slot)
-    if valid & (_FATTR_KILL | _FATTR_OWNER) and not valid & _FATTR_MODE and not stat.S_ISDIR(mode):
+    # A request that sets nothing is chown(-1, -1), which takes suid and sgid as every change of owner does.
+    if (
+        (valid & (_FATTR_KILL | _FATTR_OWNER) or not valid & ~_FATTR_HOW)
+        and not valid & _FATTR_MODE
+        and not stat.S_ISDIR(mode)
+    ):
         killed = without_suid(mode)
         if killed != mode:
             valid |= _FATTR_MODE

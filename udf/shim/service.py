@@ -38,6 +38,7 @@ _U64 = Struct("=Q")
 _pack_header = IN_HEADER.pack
 _pack_out = OUT_HEADER.pack
 _OP_NAMES = {int(op): op.name for op in Opcode}
+_LOOKS = 64  # callers looked at in one round
 GRACE = 0.2  # seconds that an interrupted request still has when its caller is not dying
 _SIGKILL_BIT = 1 << 8
 _LATE_REQUEST = 9000  # bytes: two names of the greatest length and what is before them
@@ -188,7 +189,9 @@ class Service:
         if not self.alive:
             self.answer_error(unique, errno.EIO)
             return
-        task = Task(unique, op, request, steps, monotonic())
+        slot = self.nodes.slot(IN_HEADER.unpack_from(request)[3])
+        self.nodes.pins[slot] += 1
+        task = Task(unique, op, slot, request, steps, monotonic())
         self.tasks[unique] = task
         self.resume(task, None)
 
@@ -200,13 +203,16 @@ class Service:
             # Its last step may have made another task of the same request: that one stays.
             if self.tasks.get(task.unique) is task:
                 del self.tasks[task.unique]
+            self.unpin(task.slot)
             return
         except Refuse as refusal:
             self.end_task(task, refusal.errno)
+            self.unpin(task.slot)
             return
         except Exception:
             traceback.print_exc()
             self.end_task(task, errno.EIO)
+            self.unpin(task.slot)
             return
         if isinstance(step, Wait):
             self.opening.setdefault(step.handle_number, []).append(task)
@@ -273,16 +279,17 @@ class Service:
         self.nodes.pins[pending.slot] += 1
         self.late[unique] = pending
 
-    def unpin_late(self, pending: Pending) -> None:
-        """What was late is settled, or will never be."""
-        self.nodes.pins[pending.slot] -= 1
-        self.nodes.release(pending.slot)
+    def unpin(self, slot: int) -> None:
+        """What needed *slot* is settled, or will never be."""
+        self.nodes.pins[slot] -= 1
+        self.nodes.release(slot)
 
     def check_time(self, now: float) -> None:
         """Give up what is past its deadline or was interrupted."""
         for unique, when in list(self.interrupted.items()):
             if when <= now:
                 self.give_up(unique, errno.EINTR)
+        self._free_dying(now - GRACE)
         oldest = now - self.config.deadline
         for unique, pending in list(self.waiting.items()):
             if pending.sent > oldest:
@@ -299,10 +306,18 @@ class Service:
                 self.give_up(unique, errno.ETIMEDOUT)
         if len(self.late) > 4096:  # a driver that never answers is not remembered for ever
             for unique in list(self.late)[:2048]:
-                self.unpin_late(self.late.pop(unique))
+                self.unpin(self.late.pop(unique).slot)
         if len(self.asks) > 4096:
             for unique in [unique for unique, asker in self.asks.items() if asker is None][:-1024]:
                 del self.asks[unique]
+
+    def _free_dying(self, before: float) -> None:
+        """Let go of callers that are being killed without an INTERRUPT: the kernel sends none for direct I/O."""
+        waiting = [(unique, pending.op, pending.request, pending.sent) for unique, pending in self.waiting.items()]
+        waiting += [(unique, task.op, task.request, task.asked) for unique, task in self.tasks.items()]
+        for unique, op, request, since in waiting[:_LOOKS]:
+            if since < before and op in PURE and _is_dying(IN_HEADER.unpack_from(request)[6]):
+                self.give_up(unique, errno.EINTR)
 
     def _timed_out(self, op: int) -> None:
         self.counters.timeouts += 1
@@ -320,8 +335,9 @@ class Service:
             self.answer_error(unique, errno.EIO)
         for task in list(self.tasks.values()):
             self.end_task(task, errno.EIO)
-        for late in self.late.values():
-            self.unpin_late(late)
+        tasks = {task for task in self.asks.values() if task is not None}.union(*self.opening.values())
+        for slot in [late.slot for late in self.late.values()] + [task.slot for task in tasks]:
+            self.unpin(slot)
         for table in (self.late, self.asks, self.opening, self.interrupted):
             table.clear()
         self.nodes.forgets.clear()

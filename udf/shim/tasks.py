@@ -79,6 +79,7 @@ def open_handle(s: Service, handle: Handle, request: bytes) -> Steps:
             handle.driver_handle = OPEN_OUT.unpack_from(reply)[0]
         if s.handles.get(handle.number) is not handle:  # closed while we waited
             s.post_release(handle)
+            s.opened(handle)
             raise Refuse(errno.EBADF)
         s.opened(handle)
 
