@@ -27,6 +27,7 @@ from typing import Any
 SOURCE = Path("/usr/share/doc")
 MOST_FILES = 500
 MOST_BYTES = 4 << 20
+MOST_PASSES = 5
 PATIENCE = 30.0
 UDF = [sys.executable, "-m", "udf"]
 
@@ -164,7 +165,7 @@ class Stage:
 def run(stage: Stage) -> None:
     """The demo itself."""
     stage.title("A real directory tree, mirrored by a driver that is an ordinary process")
-    doc = stage.mount("doc", "-t", "passthrough", str(SOURCE))
+    doc = stage.mount("doc", "-t", "passthrough", "-o", "ro,timeout=60", str(SOURCE))
     show_checksums(stage, doc)
 
     stage.title("The smallest filesystem: fs/hello.py")
@@ -196,19 +197,19 @@ def show_checksums(stage: Stage, doc: Path) -> None:
     files = list(regular_files(SOURCE))
     check(bool(files), f"{SOURCE} has no files on this machine")
     want = [checksum(SOURCE / name) for name in files]
-    times, trips = [], []
-    for _ in range(2):
+    print(f"sha256 of {len(files)} files, compared with {SOURCE}:")
+    trips: list[int] = []
+    # Two passes, unless somebody has the kernel drop its caches meanwhile.
+    while len(trips) < MOST_PASSES and (len(trips) < 2 or trips[-1] > trips[0] / 2):
         before, start = stage.round_trips(doc), time.perf_counter()
         got = [checksum(doc / name) for name in files]
-        times.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         trips.append(stage.round_trips(doc) - before)
         wrong = [str(name) for name, a, b in zip(files, want, got, strict=True) if a != b]
         check(not wrong, f"{len(wrong)} files differ from {SOURCE}, the first is {wrong[:1]}")
-    print(f"sha256 of {len(files)} files: all equal to {SOURCE}")
-    print(f"  first pass:  {times[0] * 1000:7.0f} ms, {trips[0]:6} round trips to the driver")
-    print(f"  second pass: {times[1] * 1000:7.0f} ms, {trips[1]:6} round trips: the caches answer")
+        print(f"  pass {len(trips)}: all equal, {seconds * 1000:7.0f} ms, {trips[-1]:6} round trips to the driver")
     check(trips[0] > 0, "no request reached the driver, so nothing was proved")
-    check(trips[1] < trips[0] / 2, "the second pass was not answered from the caches")
+    check(trips[-1] <= trips[0] / 2, "no pass was answered from the caches")
     check(int(stage.status(doc)["counters"]["cache_hits"]) > 0, "the shim answered nothing from its caches")
 
 

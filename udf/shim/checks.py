@@ -30,9 +30,10 @@ from udf.fuse.structs import (
     STATX_OUT,
     WRITE_OUT,
 )
+from udf.shim.columns import SlotsExhausted
 from udf.shim.handles import Handle
 from udf.shim.inflight import Pending
-from udf.shim.nodes import FOREVER, OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT, BadEntry
+from udf.shim.nodes import FOREVER, OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT, Admitted, BadEntry
 from udf.shim.open_files import FOPEN_ALLOWED, NEEDED, open_reply
 from udf.shim.requests import negative
 from udf.shim.service import Service
@@ -96,9 +97,9 @@ def _enter(s: Service, pending: Pending, name: bytes) -> int:
     buffer = s.link.buffer
     if not _U64.unpack_from(buffer, OUT)[0]:
         raise BadReply("an entry without a node")
-    slot, entry_until, attr_until = _admit(s, pending.slot)
-    s.nodes.settle(pending.slot, name, slot, buffer, OUT, entry_until, attr_until)
-    return slot
+    admitted = _admit(s, pending.slot)
+    s.nodes.settle(pending.slot, name, admitted, buffer, OUT)
+    return admitted[0]
 
 
 def _lookup(s: Service, pending: Pending, size: int) -> int:
@@ -114,13 +115,23 @@ def _lookup(s: Service, pending: Pending, size: int) -> int:
             s.nodes.release(gone)
         buffer[OUT : OUT + ENTRY_OUT.size] = negative(FOREVER if s.exclusive else valid)
         return size
-    parent = pending.slot
-    slot, entry_until, attr_until = _admit(s, parent)
-    s.unsettled = parent, name_in(pending), slot, buffer, OUT, entry_until, attr_until
+    s.unsettled = pending, _admit(s, pending.slot)
     return size
 
 
-def _admit(s: Service, parent: int) -> tuple[int, float, float]:
+def settle_entry(s: Service) -> None:
+    """Bring the tables up to date with an entry that the kernel knows already."""
+    if s.unsettled is None:
+        return
+    pending, admitted = s.unsettled
+    s.unsettled = None
+    try:
+        s.nodes.settle(pending.slot, name_in(pending), admitted, s.link.buffer, OUT)
+    except SlotsExhausted:
+        pass  # the node is there; only its name is not remembered
+
+
+def _admit(s: Service, parent: int) -> Admitted:
     """Take the entry in a reply as far as the kernel's answer needs it; the kernel counts one lookup of it."""
     try:
         admitted = s.nodes.admit(parent, s.link.buffer, OUT, monotonic(), s.exclusive)

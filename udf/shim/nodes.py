@@ -31,10 +31,15 @@ OPEN_FLAGS_SHIFT = 16  # FOPEN_* as the driver gave them at the last open it ans
 
 _MODE_NLINK = Struct("<II")  # attr offsets 60 and 64
 _INO = Struct("<Q")
+_ENTRY = Struct("<QQQQII8xq44xI")  # the head, and of the attributes size and mode
 _ENTRY_HEAD = Struct("<QQQQII")  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec
 ENTRY_HEAD_SIZE = 40
 _MANY_LOOKUPS = 1 << 31
 FOREVER = 1 << 40  # seconds; a driver's time-out is cut to this before it becomes a float
+
+
+Admitted = tuple[int, int, float, float]
+"""A slot, the driver's id of a new one (else 0), and until when the entry and the attributes are valid."""
 
 
 class BadEntry(Exception):
@@ -238,23 +243,23 @@ class NodeTable:
         Counts one lookup by the driver, none by the kernel. Returns the slot. Raises SlotsExhausted, and BadEntry
         (then nothing is counted).
         """
-        slot, entry_until, attr_until = self.admit(parent, buffer, at, now, keep_forever)
-        self.settle(parent, name, slot, buffer, at, entry_until, attr_until)
-        return slot
+        admitted = self.admit(parent, buffer, at, now, keep_forever)
+        self.settle(parent, name, admitted, buffer, at)
+        return admitted[0]
 
-    def admit(
-        self, parent: int, buffer: bytearray, at: int, now: float, keep_forever: bool
-    ) -> tuple[int, float, float]:
-        """Do the part of `enter` that the kernel's answer needs; `settle` must follow with what this returns.
+    def admit(self, parent: int, buffer: bytearray, at: int, now: float, keep_forever: bool) -> Admitted:
+        """Do the part of `enter` that the kernel's answer needs; `settle` must follow before anything else is done.
 
         In between the kernel can be answered, so that the program runs while the tables are brought up to date.
         """
-        driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns = _ENTRY_HEAD.unpack_from(buffer, at)
+        driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns, size, mode = _ENTRY.unpack_from(buffer, at)
         attr_at = at + ENTRY_HEAD_SIZE
         slot = self.by_driver(driver_id)
         if slot == ROOT or entry_ns > 999_999_999 or attr_ns > 999_999_999:
             raise BadEntry("an entry names the root or has an impossible time-out")
-        self.check_attr(slot, buffer, attr_at)
+        if slot or size < 0 or mode > 0xFFFF or mode & 0o170000 not in _KINDS:
+            self.check_attr(slot, buffer, attr_at)
+        new = 0
         if slot:
             first = self.first_link[slot]
             if first and self.link_parent[first] != parent and self.mode(slot) & 0o170000 == stat.S_IFDIR:
@@ -264,40 +269,33 @@ class NodeTable:
                 self.forgets.append((driver_id, count - 1))
                 count = 1
             self.driver_lookups[slot] = count
-            start = slot * ATTR_SIZE
             if self.mode(slot):
-                buffer[attr_at : attr_at + 8] = self.attrs[start : start + 8]
+                buffer[attr_at : attr_at + 8] = self.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + 8]
+            incarnation = self.incarnation[slot]
         else:
             slot = self._slots.take()
-            self.incarnation[slot] = (self.incarnation[slot] + 1) & 0xFFFFFFFF
-            self.flags[slot] = ALIVE
-            self._bind(slot, driver_id)
-            self.driver_lookups[slot] = 1
+            self.incarnation[slot] = incarnation = (self.incarnation[slot] + 1) & 0xFFFFFFFF
+            new = driver_id
         buffer[attr_at + 84 : attr_at + 88] = _NO_FLAGS
         if keep_forever:
             entry_until = attr_until = now + FOREVER
             entry_valid = attr_valid = FOREVER
             entry_ns = attr_ns = 0
         else:
-            entry_valid, attr_valid = min(entry_valid, FOREVER), min(attr_valid, FOREVER)
+            if entry_valid > FOREVER or attr_valid > FOREVER:
+                entry_valid, attr_valid = min(entry_valid, FOREVER), min(attr_valid, FOREVER)
             entry_until = now + entry_valid + entry_ns * 1e-9
             attr_until = now + attr_valid + attr_ns * 1e-9
-        _ENTRY_HEAD.pack_into(
-            buffer, at, self.incarnation[slot] << 32 | slot, 0, entry_valid, attr_valid, entry_ns, attr_ns
-        )
-        return slot, entry_until, attr_until
+        _ENTRY_HEAD.pack_into(buffer, at, incarnation << 32 | slot, 0, entry_valid, attr_valid, entry_ns, attr_ns)
+        return slot, new, entry_until, attr_until
 
-    def settle(
-        self,
-        parent: int,
-        name: bytes,
-        slot: int,
-        buffer: bytearray,
-        at: int,
-        entry_until: float,
-        attr_until: float,
-    ) -> None:
-        """Note the name and the attributes of an admitted entry, which is still in *buffer*. Raises SlotsExhausted."""
+    def settle(self, parent: int, name: bytes, admitted: Admitted, buffer: bytearray, at: int) -> None:
+        """Note the ids, the name and the attributes of an admitted entry, still in *buffer*. Raises SlotsExhausted."""
+        slot, new, entry_until, attr_until = admitted
+        if new:
+            self.flags[slot] = ALIVE
+            self.driver_lookups[slot] = 1
+            self._bind(slot, new)
         start = slot * ATTR_SIZE
         self.attrs[start : start + ATTR_SIZE] = buffer[at + ENTRY_HEAD_SIZE : at + ENTRY_HEAD_SIZE + ATTR_SIZE]
         self.attr_until[slot] = attr_until

@@ -22,6 +22,7 @@ from udf.shim.checks import (
     add_handle,
     name_in,
     remember_negative,
+    settle_entry,
 )
 from udf.shim.columns import SlotsExhausted
 from udf.shim.handles import Handle
@@ -115,16 +116,6 @@ def on_message(s: Service, link: Link, size: int) -> None:
         settle_entry(s)
 
 
-def settle_entry(s: Service) -> None:
-    """Bring the tables up to date with an entry that the kernel knows already."""
-    entry, s.unsettled = s.unsettled, None
-    assert entry is not None
-    try:
-        s.nodes.settle(*entry)
-    except SlotsExhausted:
-        pass  # the node is there; only its name is not remembered
-
-
 def _broken(s: Service, link: Link) -> None:
     unique = link.take_broken()
     if unique is None:
@@ -190,8 +181,7 @@ def settle(s: Service, pending: Pending, size: int) -> None:
     if check is None:
         return
     check(s, pending, size)
-    if s.unsettled is not None:
-        settle_entry(s)
+    settle_entry(s)
     if pending.op in ENTRY_OPS:
         slot = s.nodes.slot(_U64.unpack_from(s.link.buffer, OUT)[0])
         if slot:

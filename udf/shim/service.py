@@ -24,7 +24,7 @@ from udf.shim.counters import Counters
 from udf.shim.handles import Handle, HandleTable
 from udf.shim.inflight import OWN_UNIQUE, PURE, Ask, Pending, Refuse, Steps, Task, Wait
 from udf.shim.link import Link
-from udf.shim.nodes import NodeTable
+from udf.shim.nodes import Admitted, NodeTable
 
 if TYPE_CHECKING:
     from udf.shim.config import Config
@@ -89,8 +89,8 @@ class Service:
         self.refused: dict[int, int] = {}  # opcode -> errno that we answer without asking the driver again
         self.statfs: bytes | None = None
         self.tracer: Tracer | None = None
-        # An entry whose LOOKUP the kernel is answered before the tables are: arguments of NodeTable.settle.
-        self.unsettled: tuple[int, bytes, int, bytearray, int, float, float] | None = None
+        # A LOOKUP whose answer the kernel gets before the tables do; nothing else happens in between.
+        self.unsettled: tuple[Pending, Admitted] | None = None
         self.alive = True
         self._next_own = OWN_UNIQUE + 4
         self._faults: set[tuple[int, str]] = set()

@@ -1,0 +1,146 @@
+"""The notifier's queue: in order, bounded, and no invalidation is ever lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import types
+from collections.abc import Iterator
+
+from tests.t3_shim.test_node_table import DIRECTORY, enter, make_table
+from udf.fuse import structs
+from udf.fuse.opcodes import Notify
+from udf.shim.notifier import Notifier
+from udf.shim.nodes import ROOT
+
+PAGE = 4096
+
+
+class Queue:
+    """A notifier whose thread is held back, with a pipe for a device."""
+
+    def __init__(self) -> None:
+        self.table, self._memory = make_table()
+        self.reader, self._writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        self.notifier = Notifier(self._writer)
+        self.faults: list[str] = []
+        self.service = types.SimpleNamespace(
+            nodes=self.table,
+            counters=types.SimpleNamespace(notifications=0),
+            fault=lambda op, kind, sentence: self.faults.append(sentence),
+        )
+        self.notifier._condition.acquire()
+
+    def put(self, code: int, body: bytes) -> None:
+        self.notifier.from_driver(self.service, code, memoryview(body))  # type: ignore[arg-type]
+
+    def store(self, node: int, offset: int, data: bytes) -> None:
+        self.put(Notify.STORE, structs.NOTIFY_STORE_OUT.pack(node, offset, len(data)) + data)
+
+    def invalidate(self, node: int) -> None:
+        self.put(Notify.INVAL_INODE, structs.NOTIFY_INVAL_INODE_OUT.pack(node, 0, 0))
+
+    def waiting(self) -> list[tuple[int, bytes]]:
+        """What would be sent, in order: code and body."""
+        messages = list(self.notifier._waiting.values())
+        return [(struct.unpack_from("=i", message, 4)[0], message[16:]) for message in messages]
+
+    def size(self) -> int:
+        return sum(map(len, self.notifier._waiting.values()))
+
+    def close(self) -> None:
+        self.notifier._waiting.clear()
+        self.notifier._condition.release()
+        self.notifier.close()
+        self.notifier._thread.join(5)
+        for fd in (self.reader, self._writer, self._memory):
+            os.close(fd)
+        self.__dict__.clear()
+
+
+@contextlib.contextmanager
+def some_queue() -> Iterator[Queue]:
+    queue = Queue()
+    try:
+        yield queue
+    finally:
+        queue.close()
+
+
+def test_stores_are_applied_in_the_order_in_which_they_came():
+    """One that replaced a waiting one of the same place was applied before those that came in between."""
+    with some_queue() as queue:
+        enter(queue.table, ROOT, b"f", 5)
+        for offset, data in ((0, b"a" * PAGE), (100, b"b" * 100), (0, b"c" * PAGE)):
+            queue.store(5, offset, data)
+        page = bytearray(PAGE)
+        for code, body in queue.waiting():
+            assert code == Notify.STORE
+            _, offset, size = structs.NOTIFY_STORE_OUT.unpack_from(body)
+            page[offset : offset + size] = body[structs.NOTIFY_STORE_OUT.size :]
+        assert page == b"c" * PAGE
+
+
+def test_a_store_after_an_invalidation_stays_after_it():
+    with some_queue() as queue:
+        enter(queue.table, ROOT, b"f", 5)
+        queue.store(5, 0, b"old" * PAGE)
+        queue.invalidate(5)
+        queue.store(5, 0, b"new" * PAGE)
+        assert [code for code, _ in queue.waiting()] == [Notify.INVAL_INODE, Notify.STORE]
+
+
+def test_stores_of_one_place_again_and_again_are_no_flood():
+    """Their sizes were added up although each replaced the one before: what was stored was thrown away."""
+    with some_queue() as queue:
+        enter(queue.table, ROOT, b"f", 5)
+        for _ in range(1000):
+            queue.store(5, 0, bytes(64 * 1024))
+        assert [code for code, _ in queue.waiting()] == [Notify.STORE]
+
+
+def test_too_many_stores_become_invalidations():
+    with some_queue() as queue:
+        for node in range(5, 15):
+            enter(queue.table, ROOT, b"f%d" % node, node)
+        for at in range(400):
+            queue.store(5 + at % 10, at * 65536, bytes(65536))
+            assert queue.size() < 5 << 20
+        codes = [code for code, _ in queue.waiting()]
+        assert codes.count(Notify.INVAL_INODE) == 10
+
+
+def test_too_many_names_become_one_that_expires_all():
+    with some_queue() as queue:
+        enter(queue.table, ROOT, b"f", 5)
+        queue.invalidate(5)
+        for number in range(20_000):
+            name = b"%d" % number
+            body = structs.NOTIFY_INVAL_ENTRY_OUT.pack(1, len(name), 0) + name + b"\0"
+            queue.put(Notify.INVAL_ENTRY, body)
+        waiting = queue.waiting()
+        assert len(waiting) < 5000
+        assert Notify.INC_EPOCH in [code for code, _ in waiting]
+        assert Notify.INVAL_INODE in [code for code, _ in waiting]
+        assert not queue.faults
+
+
+def test_ids_are_the_kernels():
+    with some_queue() as queue:
+        top = enter(queue.table, ROOT, b"d", 77, DIRECTORY)
+        child = enter(queue.table, top, b"f", 88)
+        queue.put(Notify.DELETE, structs.NOTIFY_DELETE_OUT.pack(77, 88, 1) + b"f\0")
+        ((code, body),) = queue.waiting()
+        assert code == Notify.DELETE
+        assert structs.NOTIFY_DELETE_OUT.unpack_from(body)[:2] == (queue.table.node_id(top), queue.table.node_id(child))
+
+
+def test_names_that_cannot_be_are_faults():
+    with some_queue() as queue:
+        for name, length in ((b"a/b\0", 3), (b"a\0b\0", 3), (b"\0", 0), (b"abc\0", 2), (b"abc", 3), (b"abc\0", 2**32 - 1)):
+            queue.put(Notify.INVAL_ENTRY, structs.NOTIFY_INVAL_ENTRY_OUT.pack(1, length, 0) + name)
+            queue.put(Notify.DELETE, structs.NOTIFY_DELETE_OUT.pack(1, 1, length) + name)
+        assert len(queue.faults) == 12
+        assert not queue.waiting()
