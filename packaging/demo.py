@@ -49,6 +49,9 @@ def main() -> int:
     except DemoError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader went away; Python would complain again when it flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         print("\ndemo: interrupted, cleaned up", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import time
 import types
 from collections.abc import Iterator
 
@@ -144,3 +145,37 @@ def test_names_that_cannot_be_are_faults():
             queue.put(Notify.DELETE, structs.NOTIFY_DELETE_OUT.pack(1, 1, length) + name)
         assert len(queue.faults) == 12
         assert not queue.waiting()
+
+
+def test_attributes_and_pollers_are_not_forgotten_in_a_flood():
+    with some_queue() as queue:
+        enter(queue.table, ROOT, b"f", 5)
+        queue.put(Notify.INVAL_INODE, structs.NOTIFY_INVAL_INODE_OUT.pack(5, -1, 0))
+        queue.put(Notify.POLL, structs.NOTIFY_POLL_WAKEUP_OUT.pack(4711))
+        for number in range(10_000):
+            name = b"%d" % number
+            queue.put(Notify.INVAL_ENTRY, structs.NOTIFY_INVAL_ENTRY_OUT.pack(1, len(name), 0) + name + b"\0")
+        codes = [code for code, _ in queue.waiting()]
+        assert Notify.INVAL_INODE in codes
+        assert Notify.POLL in codes
+
+
+def test_pollers_that_nobody_has_are_bounded():
+    with some_queue() as queue:
+        for number in range(50_000):
+            queue.put(Notify.POLL, structs.NOTIFY_POLL_WAKEUP_OUT.pack(number))
+        assert len(queue.waiting()) < 5000
+
+
+def test_invalidations_of_many_nodes_do_not_take_longer_and_longer():
+    """With more nodes than the queue's limit each new one merged all others again."""
+    with some_queue() as queue:
+        for node in range(4000):
+            enter(queue.table, ROOT, b"%d" % node, 10 + node)
+        for _ in range(3):
+            began = time.monotonic()
+            for node in range(4000):
+                queue.invalidate(10 + node)
+                queue.put(Notify.INVAL_INODE, structs.NOTIFY_INVAL_INODE_OUT.pack(10 + node, -1, 0))
+            assert time.monotonic() - began < 3
+        assert len({body[:8] for code, body in queue.waiting() if code == Notify.INVAL_INODE}) == 4000

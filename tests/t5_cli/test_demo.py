@@ -31,7 +31,16 @@ def test_demo_shows_everything_and_leaves_nothing(runtime_dir: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    for word in ("pass 2: all equal", "Hello, world!", "still open", "CACHE HITS", "LOOKUP", "udf umount", "All checks passed"):
+    expected = (
+        "pass 2: all equal",
+        "Hello, world!",
+        "still open",
+        "CACHE HITS",
+        "LOOKUP",
+        "udf umount",
+        "All checks passed",
+    )
+    for word in expected:
         assert word in result.stdout
     assert list(runtime_dir.iterdir()) == []
 

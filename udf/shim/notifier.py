@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from udf.shim.service import Service
 
 _LIMIT = 4096  # notifications waiting; nodes and names beyond it are merged
+_POLLS = 1024  # wake-ups of pollers that are kept when everything is merged
 _STORE_LIMIT = 4 << 20  # bytes of data waiting for the page cache; beyond it data is dropped and the range invalidated
 
 
@@ -48,6 +49,7 @@ class Notifier:
         self._condition = threading.Condition()
         self._waiting: dict[object, bytes] = {}
         self._stored = 0
+        self._limit = _LIMIT
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
         self._thread.start()
@@ -69,24 +71,32 @@ class Notifier:
 
     def _put(self, key: object, message: bytes) -> None:
         with self._condition:
-            if len(message) > _STORE_BIG:
-                self._stored += len(message)
-            if (len(self._waiting) >= _LIMIT and key not in self._waiting) or self._stored > _STORE_LIMIT:
+            replaced = self._waiting.pop(key, b"")  # the new one belongs behind what came in between
+            if len(replaced) > _STORE_BIG:
+                self._stored -= len(replaced)
+            size = len(message) if len(message) > _STORE_BIG else 0
+            if len(self._waiting) >= self._limit or self._stored + size > _STORE_LIMIT:
                 self._merge()
+            self._stored += size
             self._waiting[key] = message
             self._condition.notify()
 
     def _merge(self) -> None:
         """Replace everything that waits by less that invalidates more."""
-        nodes = {key[1] for key in self._waiting if isinstance(key, tuple) and key[0] in ("inode", "store")}
+        keys = [key for key in self._waiting if isinstance(key, tuple)]
+        polls = {key: self._waiting[key] for key in keys if key[0] == "poll"}
+        nodes = {key[1] for key in keys if key[0] in ("inode", "attributes", "store")}
         self._waiting = {("inode", node): notify_inval_inode(node) for node in nodes}
+        self._waiting.update(list(polls.items())[-_POLLS:])
         self._waiting["epoch"] = notify_inc_epoch()
         self._stored = 0
+        self._limit = max(_LIMIT, 2 * len(self._waiting))  # many nodes stay many: no merging of them at each new one
 
     def _run(self) -> None:
         while True:
             with self._condition:
                 while not self._waiting and not self._closed:
+                    self._limit = _LIMIT
                     self._condition.wait()
                 if self._closed:
                     return

@@ -194,7 +194,7 @@ def interface_description() -> str:
     return Path(__file__).with_name(f"{INTERFACE}.varlink").read_text("utf-8")
 
 
-def _describe(mount: Mount, counters: dict[str, float]) -> dict[str, Any]:
+def _describe(mount: Mount, counters: dict[str, int | float]) -> dict[str, Any]:
     plan, instance = mount.plan, mount.instance
     return {
         "name": plan.name,

@@ -72,6 +72,7 @@ class Mount:
         self._loop_age = 0.0
         self._asked_to_mount = False
         self._stopping: Reason | None = None
+        self._cut_off = False  # the host had to be ended by a signal after an orderly unmount
         self._ending = False
         self._unmounting = trio.Lock()
         self._device = -1  # a duplicate of the shim's /dev/fuse: a restarted shim will continue with it
@@ -210,7 +211,8 @@ class Mount:
         if self._news.unmounted:
             if self._news.external and self._stopping is None:
                 return Reason.EXTERNAL, "unmounted by somebody else"
-            return self._stopping or Reason.EXTERNAL, "unmounted"
+            text = "unmounted, but the driver was ended before it had finished" if self._cut_off else "unmounted"
+            return self._stopping or Reason.EXTERNAL, text
         if self._stopping is not None:
             return self._stopping, "unmounted lazily"
         if self._shim.broken is not None:
@@ -219,12 +221,22 @@ class Mount:
         log.error("%s: %s; %s is unmounted", self.plan.name, text, self.plan.mountpoint)
         return Reason.CRASHED, text
 
+    def _stop_grace(self) -> float:
+        """Seconds for the host to end; a foreign program may have to save, and that takes as long as a request may."""
+        return STOP_GRACE if self.plan.driver.command is None else max(STOP_GRACE, self.plan.deadline)
+
     async def _stop_host(self) -> None:
         if self._host.child is None:
             return
         if not self._host.over and self.driver.state is not State.FAILED:
             await self._host.send(messages.Stop())
-            await self._bell.within(STOP_GRACE, lambda: self._host.over)
+            if not await self._bell.within(self._stop_grace(), lambda: self._host.over):
+                self._cut_off = True
+                log.warning(
+                    "%s: the driver did not end within %g s of its unmount and is ended; what it had not saved is lost",
+                    self.plan.name,
+                    self._stop_grace(),
+                )
         if not await self._host.end(TERM_GRACE):
             log.error(
                 "%s: process %s of the driver cannot be ended; it waits in the kernel", self.plan.name, self.driver.pid
@@ -369,10 +381,10 @@ class Mount:
         with trio.move_on_after(TERM_GRACE):
             await self.ended.wait()
         self._shim.kill()
-        with trio.move_on_after(STOP_GRACE + 2 * TERM_GRACE + 2 * spawn.REAP_TIMEOUT):
+        with trio.move_on_after(self._stop_grace() + 2 * TERM_GRACE + 2 * spawn.REAP_TIMEOUT):
             await self.ended.wait()
 
-    async def counters(self) -> dict[str, float]:
+    async def counters(self) -> dict[str, int | float]:
         """The shim's counters, or nothing if it does not answer in time."""
         self._counters_id += 1
         number = self._counters_id
@@ -381,7 +393,7 @@ class Mount:
         try:
             if await self._shim.send(messages.AskCounters(id=number)):
                 await self._bell.within(COUNTERS_TIMEOUT, lambda: bool(waiting[number]) or self._shim.over)
-            return {printable(key.encode()[:60]): float(value) for key, value in waiting[number].items()}
+            return {printable(key.encode()[:60]): value for key, value in waiting[number].items()}
         finally:
             del waiting[number]
 
