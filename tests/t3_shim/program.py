@@ -363,6 +363,28 @@ def access_open(path: str) -> None:
     os.close(os.open(path, os.O_RDONLY))
 
 
+def overwrite(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def fsync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock_open(fd: int, call: str) -> None:
+    import fcntl
+
+    (fcntl.flock if call == "flock" else fcntl.lockf)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def symlinked(path: str) -> None:
     os.symlink("target", path)
 
@@ -395,15 +417,19 @@ def linkat(fd: int, path: str) -> None:
         raise OSError(ctypes.get_errno(), "linkat")
 
 
-def some_names(fd: int) -> int:
-    """One getdents64(2): the bytes it gave."""
+def entries(fd: int) -> list[str]:
+    """One getdents64(2): the names it gave."""
     import ctypes
 
     buffer = ctypes.create_string_buffer(4096)
     got = ctypes.CDLL(None, use_errno=True).syscall(217, fd, buffer, 4096)
     if got < 0:
         raise OSError(ctypes.get_errno(), "getdents64")
-    return got
+    found, at = [], 0
+    while at < got:
+        found.append(buffer.raw[at + 19 : buffer.raw.index(0, at + 19)].decode())
+        at += int.from_bytes(buffer.raw[at + 16 : at + 18], "little")
+    return found
 
 
 def main() -> None:

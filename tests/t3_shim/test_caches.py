@@ -91,7 +91,7 @@ def test_the_shim_answers_what_the_kernel_has_forgotten(exclusive):
         assert len(mount.do("names", "d")) == 31
         after = mount.counters()
         assert after["name_hits"] > before["name_hits"]
-        assert after["listing_hits"] > before["listing_hits"]
+        assert exclusive or after["listing_hits"] > before["listing_hits"], "the kernel keeps exclusive ones itself"
         assert mount.driver.count(Opcode.LOOKUP, Opcode.GETATTR, Opcode.READDIR, Opcode.READDIRPLUS) == 0
         for fd in fds:
             mount.usual.do("close", fd)

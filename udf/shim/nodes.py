@@ -5,7 +5,8 @@ entry time-outs. It never sends anything: FORGETs that have become due to the dr
 
 Node id = incarnation << 32 | slot, so an id is never used twice and finding a node is one table access; the root is 1.
 A node lives while the kernel counts a lookup, a child, an open handle or a pin (a listing in progress) needs it.
-All memory is in columns of one memfd (about 210 bytes a node with its name); nothing is kept per node as an object.
+All memory is in columns of one memfd (about 200 bytes a node with its name); nothing is kept per node as an object.
+More than 400 lines: ids, names and lifetimes rest on one set of counts, and are checked by reading them together.
 """
 
 from __future__ import annotations

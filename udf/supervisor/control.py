@@ -174,7 +174,6 @@ class Control:
         async def deliver(operations: list[Operation], lost: int) -> None:
             await call.reply_more({"operations": operations, "lost": lost})
 
-        await deliver([], 0)
         await mount.trace.listen(self._nursery, deliver)
         return {"operations": [], "lost": 0}
 

@@ -3,7 +3,7 @@
 Owns: the life of the two processes and what their ends, silences and mistakes mean for the mount's state.
 Must never: touch the mountpoint (paths.py does, in a process of its own), or believe a driver. The driver's death does
 not end the mount: the shim goes on with what it knows, and the mount is FAILED (recovery will start here).
-Called by: registry.py.
+Called by: registry.py. A little over 400 lines, because start, watch and end share one state and are read together.
 """
 
 from __future__ import annotations
@@ -223,6 +223,8 @@ class Mount:
 
     def _stop_grace(self) -> float:
         """Seconds for the host to end; a foreign program may have to save, and that takes as long as a request may."""
+        if self._ready is None:
+            return 0.0  # it has served nothing yet
         return STOP_GRACE if self.plan.driver.command is None else max(STOP_GRACE, self.plan.deadline)
 
     async def _stop_host(self) -> None:
@@ -386,6 +388,8 @@ class Mount:
 
     async def counters(self) -> dict[str, int | float]:
         """The shim's counters, or nothing if it does not answer in time."""
+        if not self._news.mounted:
+            return {}  # the first thing that the shim may be told is what to mount
         self._counters_id += 1
         number = self._counters_id
         waiting = self._news.counters
@@ -398,7 +402,9 @@ class Mount:
             del waiting[number]
 
     async def _set_trace(self, write_end: int | None) -> bool:
-        return await self._shim.send(messages.Trace(on=write_end is not None), [] if write_end is None else [write_end])
+        return self._news.mounted and await self._shim.send(
+            messages.Trace(on=write_end is not None), [] if write_end is None else [write_end]
+        )
 
     def _drop_device(self) -> None:
         if self._device >= 0:

@@ -71,6 +71,7 @@ class TraceFeed:
                 self._listeners.remove(listener)
                 return
         try:
+            await deliver([], 0)  # from now on nothing is missed
             async for first in listener.receive:
                 batch = [first]
                 while len(batch) < MAX_BATCH:
