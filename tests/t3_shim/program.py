@@ -29,17 +29,17 @@ class Program:
     def __init__(self, uid: int | None = None) -> None:
         import subprocess
 
-        credentials: dict[str, Any] = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
             bufsize=0,
-            **credentials,
         )
         self.pid = self._process.pid
         self._received = b""
+        if uid is not None:  # over there, because that user may not be able to run this interpreter
+            self.do("become", uid)
 
     def start(self, call: str, *args: object) -> None:
         """Have it do *call*; `wait` gives the result."""
@@ -109,6 +109,13 @@ class Program:
 
 
 # ---- over there
+
+
+def become(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
 
 _STAT = ("st_ino", "st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_mtime_ns")
 

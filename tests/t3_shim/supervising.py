@@ -42,12 +42,14 @@ def socket_pair(size: int = 4 << 20) -> tuple[socket.socket, socket.socket]:
 class Shim:
     """A shim process and its control socket."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, control_size: int = 4 << 20) -> None:
         self._log = log
+        self.listening = threading.Event()
+        self.listening.set()
         self.messages: list[Message] = []
         self.descriptors: list[int] = []
         self._changed = threading.Condition()
-        ours, theirs = socket_pair()
+        ours, theirs = socket_pair(control_size)
         self.control = ours
         with theirs, log.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -64,6 +66,7 @@ class Shim:
 
     def _listen(self) -> None:
         while True:
+            self.listening.wait()
             try:
                 data, fds, _, _ = socket.recv_fds(self.control, 65536, 4)
             except OSError:
@@ -114,12 +117,18 @@ class Shim:
         """What it printed."""
         return self._log.read_text(errors="replace")
 
-    def close(self) -> None:
-        """End it and forget it."""
+    def forget_descriptors(self) -> None:
+        """Close what it gave: its device keeps a connection, and what waits on it."""
         for fd in self.descriptors:
             os.close(fd)
         self.descriptors.clear()
-        self.control.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End it and forget it."""
+        self.listening.set()
+        self.forget_descriptors()
+        with contextlib.suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self.control.close()
         try:
@@ -198,7 +207,13 @@ class Mount:
         """As an administrator does with a filesystem that hangs."""
         (line,) = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if line.split()[4] == self.root]
         number = int(line.split()[2].partition(":")[2])
-        Path(f"/sys/fs/fuse/connections/{number}/abort").write_text("1")
+        control = self.point.parent / "control"
+        control.mkdir()
+        subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+        try:
+            (control / str(number) / "abort").write_text("1")
+        finally:
+            subprocess.run(["umount", control], check=True)
 
     def end_programs(self) -> None:
         for program in self._programs:
@@ -230,6 +245,7 @@ def mounted(
     driver_minor: int = 45,
     max_write: int = 131072,
     link_size: int = 4 << 20,
+    control_size: int = 4 << 20,
     **config: object,
 ) -> Iterator[Mount]:
     """A mount for one test; *prepare* fills the driver's tree, *config* is what the mount message says besides."""
@@ -244,7 +260,7 @@ def mounted(
         prepare(driver)
         driver.start()
         stack.callback(driver.stop)
-        shim = Shim(base / "log")
+        shim = Shim(base / "log", control_size)
         stack.callback(shim.close)
         mount = Mount(shim, driver, point)
         stack.callback(_detach, mount)
@@ -272,8 +288,6 @@ def _detach(mount: Mount) -> None:
             program.signal(9)
     if not mount.shim.said("unmounted"):
         mount.shim.process.kill()
-        for fd in mount.shim.descriptors:  # ours keeps the connection, and what waits on it
-            os.close(fd)
-        mount.shim.descriptors.clear()
+        mount.shim.forget_descriptors()
     for program in list(mount._programs):
         program.end()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import time
 
 import pytest
 
@@ -22,6 +24,7 @@ def lose(mount: Mount) -> None:
 
 def warm(driver: RawDriver) -> None:
     grow(driver)
+    driver.tree.file("third", b"third")
     driver.tree.valid = 1000.0
 
 
@@ -39,7 +42,7 @@ def test_what_is_cached_goes_on_without_the_driver():
             assert mount.usual.do("pread", fd, 10, 0) == b"first"
             assert mount.do("mapped", "file") == b"first"
             assert mount.do("names", "d") == ["f"]
-            assert mount.do("walk") == 4
+            assert mount.do("walk") == 5
             assert mount.do("statfs") == space
         mount.usual.do("close", fd)
 
@@ -70,9 +73,9 @@ def test_all_that_waits_ends_at_once_when_the_driver_dies():
     waiting = (
         (Opcode.READ, "direct_read", "file"),
         (Opcode.OPENDIR, "names", "d"),
-        (Opcode.CREATE, "spill", "new", b"x"),
+        (Opcode.CREATE, "spill", "d/new", b"x"),  # the kernel locks the directory meanwhile
         (Opcode.SETATTR, "chmod", "other", 0o600),
-        (Opcode.WRITE, "overwrite", "other", b"x"),
+        (Opcode.WRITE, "overwrite", "third", b"x"),
         (Opcode.STATFS, "statfs", ""),
     )
     with mounted(warm, deadline=60.0) as mount:
@@ -147,8 +150,25 @@ def test_a_busy_mount_says_so_and_stays():
 def test_a_supervisor_that_is_gone_takes_the_mount_with_it():
     with mounted(warm) as mount:
         fd = mount.do("open", "file", os.O_RDONLY)
-        mount.shim.control.shutdown(2)
+        mount.shim.forget_descriptors()
+        mount.shim.control.shutdown(socket.SHUT_RDWR)
         assert mount.shim.process.wait(5) == 1
         assert not mount.is_mounted()
         assert fd
         mount.ended_as_wanted = True
+
+
+def test_a_supervisor_that_is_stopped_does_not_stop_the_mount():
+    """Each message waited five seconds for it, the heartbeats too."""
+    with mounted(warm, control_size=1) as mount:
+        mount.shim.listening.clear()
+        mount.shim.send({"t": "counters", "id": 0})  # ends the listener's last wait
+        for number in range(20):
+            mount.shim.send({"t": "counters", "id": 1000 + number})
+            began = time.monotonic()
+            assert mount.do("stat", "file")["st_size"] == 5
+            assert time.monotonic() - began < 1
+        mount.shim.listening.set()
+        for number in range(20):
+            mount.shim.wait_for("counters", id=1000 + number)
+        assert mount.counters()["waiting"] == 0

@@ -88,7 +88,7 @@ def examples(request: pytest.FixtureRequest) -> Path:
     kept = Path(request.config.cache.mkdir(f"pyfuse3-{pyfuse3.__version__}"))
     if not (kept / "examples").is_dir():
         wanted = f"pyfuse3=={pyfuse3.__version__}"
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(kept)]
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "pyfuse3", "-d", str(kept)]
         try:
             done = subprocess.run([*pip, wanted], capture_output=True, text=True, timeout=90, check=False)
         except subprocess.TimeoutExpired:
@@ -96,7 +96,9 @@ def examples(request: pytest.FixtureRequest) -> Path:
         if done.returncode:
             pytest.skip(f"pyfuse3's source distribution cannot be downloaded: {done.stderr.strip()[-200:]}")
         with tarfile.open(next(kept.glob("*.tar.gz"))) as archive:
-            archive.extractall(kept / "unpacked", filter="data")
+            if hasattr(tarfile, "data_filter"):  # not yet in Debian 12's Python 3.11.2
+                archive.extraction_filter = tarfile.data_filter
+            archive.extractall(kept / "unpacked")
         shutil.move(next((kept / "unpacked").glob("*/examples")), kept / "examples")
     return kept / "examples"
 

@@ -16,7 +16,7 @@ import sys
 import time
 
 from udf.fuse.device import open_device
-from udf.fuse.mount import MountError, MountOptions, mount_by_fusermount, mount_direct, unmount
+from udf.fuse.mount import MountError, MountOptions, clean_stale, mount_by_fusermount, mount_direct, unmount
 from udf.fuse.structs import OUT_HEADER
 from udf.shim.config import Config
 from udf.shim.contract import (
@@ -157,6 +157,14 @@ def _detach(mountpoint: str) -> None:
         print(f"udf-shim: {error}", file=sys.stderr)
 
 
+def _clean_up(mountpoint: str) -> None:
+    """An aborted connection stays mounted, for nothing."""
+    try:
+        clean_stale(mountpoint)
+    except MountError as error:
+        print(f"udf-shim: {error}", file=sys.stderr)
+
+
 def main() -> int:
     """Run one shim."""
     control = Control(int(sys.argv[1]))
@@ -179,7 +187,13 @@ def main() -> int:
     except SupervisorGone:
         _detach(mountpoint)
         return 1
+    if loop.external:
+        _clean_up(mountpoint)
     loop.tell({"t": "unmounted", "external": loop.external})
+    try:
+        control.flush(5.0)
+    except SupervisorGone:
+        pass
     return 0
 
 

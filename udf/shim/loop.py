@@ -66,7 +66,7 @@ class Loop:
     def tell(self, message: dict[str, object]) -> None:
         """Send a message to the supervisor; without one there is nobody to tell, and the loop will see that."""
         try:
-            self.control.send(message)
+            self.control.post(message)
         except SupervisorGone:
             pass
 
@@ -135,8 +135,8 @@ class Loop:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOENT):
                 return  # nothing there, or the request was taken back while it was being read
-            if error.errno == errno.ENODEV:
-                raise Unmounted from None
+            if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                raise Unmounted from None  # or aborted, which an administrator does: no request will come any more
             raise
         _, op, unique, node_id, _, _, _, _ = IN_HEADER.unpack_from(self._buffer)
         s = self.s

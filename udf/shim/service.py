@@ -145,12 +145,19 @@ class Service:
         self, op: int, unique: int, node_id: int, slot: int, message: memoryview, handle: Handle | None = None
     ) -> None:
         """Send a request on, with the driver's ids of its node and of *handle* (at the body's start) put in."""
+        if not self.alive:
+            self.answer_error(unique, errno.EIO)
+            return
         nodes = self.nodes
-        pending = Pending(op, slot, node_id, bytes(message), monotonic(), nodes.version[slot], handle)
+        request = bytes(message)
         _U64.pack_into(message, 16, nodes.driver_id[slot])
         if handle is not None:
             _U64.pack_into(message, HEADER, handle.driver_handle or 0)
-        self.send(pending, unique, message)
+        self.counters.driver_round_trips += 1
+        try:
+            self.link.send(message)
+        finally:  # after the send, which wakes the driver: the reply is not looked at before we are back in the loop
+            self.waiting[unique] = Pending(op, slot, node_id, request, monotonic(), nodes.version[slot], handle)
 
     def keep(self, op: int, node_id: int, slot: int, message: memoryview) -> Pending:
         """Return what is remembered of a request whose ids the caller puts in itself, before it does."""
