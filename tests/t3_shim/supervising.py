@@ -205,13 +205,13 @@ class Mount:
 
     def abort(self) -> None:
         """As an administrator does with a filesystem that hangs."""
-        (line,) = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if line.split()[4] == self.root]
-        number = int(line.split()[2].partition(":")[2])
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        (number,) = [fields[2].partition(":")[2] for fields in mounts if fields[4] == self.root]
         control = self.point.parent / "control"
         control.mkdir()
         subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
         try:
-            (control / str(number) / "abort").write_text("1")
+            (control / number / "abort").write_text("1")
         finally:
             subprocess.run(["umount", control], check=True)
 

@@ -6,7 +6,6 @@ For each: the program gets an errno in bounded time, the log one line, and the m
 from __future__ import annotations
 
 import errno
-import os
 import stat
 import struct
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.t3_shim.raw_driver import Answer, Packets, RawDriver, Request, dirent, whole, with_mode
+from tests.t3_shim.raw_driver import Answer, Packets, RawDriver, Request, dirent, whole
 from tests.t3_shim.supervising import Mount, can_mount, mounted
 from tests.t3_shim.test_lookup_counts import settled
 from udf.fuse import structs

@@ -28,8 +28,9 @@ def some_columns(size: int = 1 << 20) -> Iterator[Columns]:
 
 def test_columns_do_not_overlap_and_begin_as_zeros():
     with some_columns() as columns:
-        small, wide, floats, raw = columns.integers("I", 10), columns.integers("Q", 10), columns.floats(10), columns.bytes(7)
-        assert not any(small) and not any(wide) and not any(floats) and not any(raw)
+        small, wide = columns.integers("I", 10), columns.integers("Q", 10)
+        floats, raw = columns.floats(10), columns.bytes(7)
+        assert not any((*small, *wide, *floats, *raw))
         for at in range(10):
             small[at], wide[at], floats[at] = at + 1, 2**64 - 1 - at, at / 4
         raw[:] = b"\xff" * 7
@@ -39,9 +40,8 @@ def test_columns_do_not_overlap_and_begin_as_zeros():
 
 
 def test_columns_refuse_what_does_not_fit():
-    with some_columns() as columns:
-        with pytest.raises(MemoryError):
-            columns.bytes((1 << 20) + 1)
+    with some_columns() as columns, pytest.raises(MemoryError):
+        columns.bytes((1 << 20) + 1)
 
 
 def test_columns_are_one_file_that_another_process_could_map():

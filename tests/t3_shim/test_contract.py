@@ -21,7 +21,9 @@ def kernel_init(minor: int = 45, flags: int = EVERYTHING, major: int = 7) -> byt
     return IN_HEADER.pack(IN_HEADER.size + len(body), 26, 2, 0, 0, 0, 0, 0) + body
 
 
-def driver_reply(minor: int = 31, flags: int = 0, max_write: int = 131072, granularity: int = 1, major: int = 7) -> bytes:
+def driver_reply(
+    minor: int = 31, flags: int = 0, max_write: int = 131072, granularity: int = 1, major: int = 7
+) -> bytes:
     return INIT_OUT.pack(major, minor, 65536, flags & 0xFFFFFFFF, 12, 9, max_write, granularity, 32, 0, 0, 0, 0)
 
 

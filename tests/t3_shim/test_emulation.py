@@ -99,7 +99,7 @@ def test_a_user_takes_suid_and_sgid_away(what, mode, left):
         program.do(call, mount.path("s"), *args)
         assert stat.S_IMODE(mount.do("stat", "s")["st_mode"]) == left
         assert stat.S_IMODE(next(n for n in mount.tree.nodes.values() if n.uid == USER).mode) == left
-        assert not any(only_ours for _, _, only_ours in set_modes(mount.driver)), "HANDLE_KILLPRIV_V2 is not the driver's"
+        assert not any(only_ours for _, _, only_ours in set_modes(mount.driver)), "it was not offered KILLPRIV_V2"
         sent = [bits for sets, bits, _ in set_modes(mount.driver) if sets]
         assert sent == ([left] if mode != left else [])
         if call == "overwrite":
@@ -287,8 +287,8 @@ def test_holes_ranges_and_ioctls_of_a_driver_get_through():
         driver.answers[Opcode.LSEEK] = lambda q: structs.LSEEK_OUT.pack(4096)
         driver.answers[Opcode.COPY_FILE_RANGE] = driver.answers[Opcode.COPY_FILE_RANGE_64] = copied
         driver.answers[Opcode.FALLOCATE] = lambda q: b""
-        driver.answers[Opcode.IOCTL] = lambda q: structs.IOCTL_OUT.pack(0, 0, 0, 0) + bytes(
-            q.fields(structs.IOCTL_IN)["out_size"]
+        driver.answers[Opcode.IOCTL] = lambda q: (
+            structs.IOCTL_OUT.pack(0, 0, 0, 0) + bytes(q.fields(structs.IOCTL_IN)["out_size"])
         )
         assert mount.do("lseek", "file", 10, os.SEEK_HOLE) == 4096
         assert mount.do("copy_range", "file", mount.path("copy"), 10_000) == 10_000

@@ -251,7 +251,7 @@ def test_nothing_waits_longer_than_the_deadline():
 
     with mounted(prepare, deadline=1.0) as mount:
         programs = []
-        for op, (call, name, *args) in OPERATIONS.items():
+        for op, (_, name, *_) in OPERATIONS.items():
             program = mount.program()
             if name not in ("missing", "d/new"):
                 program.do("access_open" if op == Opcode.READ else "stat", mount.path(name))

@@ -1,4 +1,4 @@
-"""Opens that the shim answers by itself: the driver's own follows when it is needed, once, and before it is too late."""
+"""Opens that the shim answers by itself: the driver's own follows when it is needed, once, and in time."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def nothing_is_held(mount: Mount) -> None:
     assert not mount.tree.handles, "a handle of the driver's was never released"
 
 
-ALL_THREE = pytest.mark.parametrize("config", [{"exclusive": True}, {}, {"valid": 0.0}], ids=["exclusive", "valid", "0 s"])
+ALL_THREE = pytest.mark.parametrize(
+    "config", [{"exclusive": True}, {}, {"valid": 0.0}], ids=["exclusive", "valid", "0 s"]
+)
 
 
 def start(config: dict[str, object], **more: object):

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from tests.t3_shim.test_node_table import DIRECTORY, enter, make_table
 from udf.fuse import structs
 from udf.fuse.opcodes import Notify
-from udf.shim.notifier import Notifier
 from udf.shim.nodes import ROOT
+from udf.shim.notifier import Notifier
 
 PAGE = 4096
 
@@ -140,7 +140,8 @@ def test_ids_are_the_kernels():
 
 def test_names_that_cannot_be_are_faults():
     with some_queue() as queue:
-        for name, length in ((b"a/b\0", 3), (b"a\0b\0", 3), (b"\0", 0), (b"abc\0", 2), (b"abc", 3), (b"abc\0", 2**32 - 1)):
+        wrong = ((b"a/b\0", 3), (b"a\0b\0", 3), (b"\0", 0), (b"abc\0", 2), (b"abc", 3), (b"abc\0", 2**32 - 1))
+        for name, length in wrong:
             queue.put(Notify.INVAL_ENTRY, structs.NOTIFY_INVAL_ENTRY_OUT.pack(1, length, 0) + name)
             queue.put(Notify.DELETE, structs.NOTIFY_DELETE_OUT.pack(1, 1, length) + name)
         assert len(queue.faults) == 12

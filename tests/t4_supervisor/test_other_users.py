@@ -19,6 +19,10 @@ USER = pwd.getpwnam("nobody").pw_uid  # fusermount3 insists on a user with a nam
 pytestmark = [
     needs_fuse,
     pytest.mark.skipif(not os.path.exists("/usr/bin/fusermount3"), reason="needs fusermount3 (package fuse3)"),
+    pytest.mark.skipif(
+        not os.path.exists("/dev/fuse") or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
+        reason="/dev/fuse is root's alone here",
+    ),
 ]
 _CALL = """
 import json, sys
