@@ -1,20 +1,19 @@
 """Programs that use a mount: processes of their own, told what to do over a pipe.
 
 A process that waits for its own thread's answer can neither be timed out nor killed, so no test touches a mount itself.
-Run as a script this file is such a program: it does one call after the other and sends back the result or the errno.
-Nothing but the standard library, because it starts for nearly every test.
+What they do there is in `calls`.
 """
 
 from __future__ import annotations
 
-import errno
 import marshal
 import os
+import select
+import subprocess
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+import time
+from pathlib import Path
+from typing import Any
 
 PATIENCE = 10.0  # seconds; what takes longer hangs
 
@@ -24,13 +23,11 @@ class StillWaiting(AssertionError):
 
 
 class Program:
-    """One program. `do` calls one of the functions below, or of `os`, over there."""
+    """One program. `do` calls one of the functions in `calls`, or of `os`, over there."""
 
     def __init__(self, uid: int | None = None) -> None:
-        import subprocess
-
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__],
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("calls.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd="/",
@@ -49,9 +46,6 @@ class Program:
 
     def wait(self, seconds: float = PATIENCE) -> Any:
         """Return the result of what was started. Raises its OSError, or StillWaiting."""
-        import select
-        import time
-
         assert self._process.stdout is not None
         until = time.monotonic() + seconds
         while len(self._received) < 4 or len(self._received) < 4 + int.from_bytes(self._received[:4], "little"):
@@ -89,8 +83,6 @@ class Program:
 
     def ended(self, seconds: float = PATIENCE) -> bool:
         """Whether it ends within *seconds*."""
-        import subprocess
-
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -106,358 +98,3 @@ class Program:
         assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.stdout.close()
-
-
-# ---- over there
-
-
-def become(uid: int) -> None:
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
-
-
-_STAT = ("st_ino", "st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_mtime_ns")
-
-
-def stat(path: str) -> dict[str, int]:
-    got = os.lstat(path)
-    return {key: getattr(got, key) for key in _STAT}
-
-
-def fstat(fd: int) -> dict[str, int]:
-    got = os.fstat(fd)
-    return {key: getattr(got, key) for key in _STAT}
-
-
-def btime(path: str) -> int:
-    """statx(2) that wants the birth time: the mask that was answered."""
-    import ctypes
-
-    buffer = ctypes.create_string_buffer(256)
-    if ctypes.CDLL(None, use_errno=True).statx(-100, path.encode(), 0x2000, 0xFFF, buffer):
-        raise OSError(ctypes.get_errno(), "statx")
-    return int.from_bytes(buffer.raw[:4], "little")
-
-
-def statfs(path: str) -> tuple[int, int]:
-    got = os.statvfs(path)
-    return got.f_blocks, got.f_bfree
-
-
-def slurp(path: str, flags: int = 0) -> bytes:
-    fd = os.open(path, os.O_RDONLY | flags)
-    try:
-        parts = []
-        while part := os.read(fd, 1 << 20):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        os.close(fd)
-
-
-def spill(path: str, data: bytes, flags: int = 0, mode: int = 0o644) -> int:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | flags, mode)
-    try:
-        return os.write(fd, data)
-    finally:
-        os.close(fd)
-
-
-def direct_read(path: str, size: int = 4096, offset: int = 0) -> bytes:
-    """A read that always becomes a READ."""
-    import mmap
-
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
-        with mmap.mmap(-1, size) as buffer:
-            return buffer[: os.preadv(fd, [buffer], offset)]
-    finally:
-        os.close(fd)
-
-
-def direct_pread(fd: int, size: int = 4096, offset: int = 0) -> bytes:
-    import mmap
-
-    with mmap.mmap(-1, size) as buffer:
-        return buffer[: os.preadv(fd, [buffer], offset)]
-
-
-def direct_readers(path: str, count: int) -> list[bytes]:
-    """READs of one handle by several threads at once."""
-    import threading
-
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    results: list[bytes] = []
-    threads = [threading.Thread(target=lambda: results.append(direct_pread(fd))) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    os.close(fd)
-    return results
-
-
-def open_and_write(path: str) -> int:
-    """A descriptor through which the driver has written."""
-    fd = os.open(path, os.O_WRONLY)
-    os.pwrite(fd, b"x", 0)
-    return fd
-
-
-def many_writers(fds: list[int], size: int) -> list[int]:
-    """One write by each of many threads; the errno of each (0: it went well)."""
-    import threading
-
-    data = b"x" * size
-    results: list[int] = []
-
-    def write(fd: int) -> None:
-        try:
-            os.pwrite(fd, data, 0)
-            results.append(0)
-        except OSError as error:
-            results.append(error.errno or -1)
-
-    threading.stack_size(64 * 1024)
-    threads = [threading.Thread(target=write, args=(fd,)) for fd in fds]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-def names(path: str) -> list[str]:
-    return sorted(os.listdir(path))
-
-
-def count_names(path: str) -> int:
-    return sum(1 for _ in os.scandir(path))
-
-
-def scan(path: str) -> dict[str, int]:
-    """Names and their sizes: a listing with attributes."""
-    return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path)}
-
-
-def walk(path: str) -> int:
-    """Look at everything below; the number of things."""
-    count = 0
-    for entry in os.scandir(path):
-        entry.stat(follow_symlinks=False)
-        count += 1
-        if entry.is_dir(follow_symlinks=False):
-            count += walk(entry.path)
-    return count
-
-
-def times(count: int, call: str, *args: object) -> None:
-    """Do a call so many times."""
-    function = globals().get(call) or getattr(os, call)
-    for _ in range(count):
-        function(*args)
-
-
-def drop_caches() -> None:
-    """Have the kernel forget what it can of names and inodes."""
-    os.sync()
-    with open("/proc/sys/vm/drop_caches", "w") as file:
-        file.write("2")
-
-
-def renameat2(old: str, new: str, flags: int) -> None:
-    import ctypes
-
-    if ctypes.CDLL(None, use_errno=True).renameat2(-100, old.encode(), -100, new.encode(), flags):
-        raise OSError(ctypes.get_errno(), "renameat2")
-
-
-def lseek(path: str, offset: int, whence: int) -> int:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return os.lseek(fd, offset, whence)
-    finally:
-        os.close(fd)
-
-
-def fallocate(path: str, size: int) -> int:
-    """posix_fallocate(3), which emulates what the filesystem refuses with EOPNOTSUPP; the size then."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.posix_fallocate(fd, 0, size)
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-
-
-def punch(path: str, mode: int) -> None:
-    """fallocate(2) itself."""
-    import ctypes
-
-    fd = os.open(path, os.O_RDWR)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.fallocate(fd, mode, ctypes.c_long(0), ctypes.c_long(4096)):
-            raise OSError(ctypes.get_errno(), "fallocate")
-    finally:
-        os.close(fd)
-
-
-def copy_range(source: str, target: str, size: int) -> int:
-    one, two = os.open(source, os.O_RDONLY), os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        return os.copy_file_range(one, two, size)
-    finally:
-        os.close(one)
-        os.close(two)
-
-
-def ioctl(path: str, number: int) -> int:
-    import fcntl
-
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.ioctl(fd, number, bytearray(16))
-        return 0
-    finally:
-        os.close(fd)
-
-
-def lock(path: str, kind: str) -> None:
-    import fcntl
-
-    fd = os.open(path, os.O_RDWR)
-    try:
-        if kind == "flock":
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            fcntl.lockf(fd, fcntl.LOCK_EX if kind == "wait" else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(fd)
-
-
-def mapped(path: str) -> bytes:
-    import mmap
-
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view:
-            return view[:]
-    finally:
-        os.close(fd)
-
-
-def interruptible_read(path: str) -> int:
-    """A READ, with a handler for SIGUSR1 that raises: the errno with which the system call ended (0: it did not)."""
-    import ctypes
-    import mmap
-    import signal
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    signal.signal(signal.SIGUSR1, lambda *_: None)
-    signal.siginterrupt(signal.SIGUSR1, True)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    buffer = mmap.mmap(-1, 4096)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    got = libc.pread(fd, ctypes.c_void_p(address), ctypes.c_size_t(4096), ctypes.c_long(0))
-    number = ctypes.get_errno() if got < 0 else 0
-    os.close(fd)
-    return number
-
-
-def access_open(path: str) -> None:
-    os.close(os.open(path, os.O_RDONLY))
-
-
-def overwrite(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)
-
-
-def fsync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def lock_open(fd: int, call: str) -> None:
-    import fcntl
-
-    (fcntl.flock if call == "flock" else fcntl.lockf)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def symlinked(path: str) -> None:
-    os.symlink("target", path)
-
-
-def fsync(path: str) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def rename_to(path: str, name: str) -> None:
-    os.rename(path, os.path.join(os.path.dirname(path), name))
-
-
-def link_to(path: str, name: str) -> None:
-    os.link(path, os.path.join(os.path.dirname(path), name))
-
-
-def renamed_2(path: str, name: str) -> None:
-    renameat2(path, os.path.join(os.path.dirname(path), name), 2)
-
-
-def linkat(fd: int, path: str) -> None:
-    """Give an open file a name."""
-    import ctypes
-
-    if ctypes.CDLL(None, use_errno=True).linkat(-100, f"/proc/self/fd/{fd}".encode(), -100, path.encode(), 0x400):
-        raise OSError(ctypes.get_errno(), "linkat")
-
-
-def entries(fd: int) -> list[str]:
-    """One getdents64(2): the names it gave."""
-    import ctypes
-
-    buffer = ctypes.create_string_buffer(4096)
-    got = ctypes.CDLL(None, use_errno=True).syscall(217, fd, buffer, 4096)
-    if got < 0:
-        raise OSError(ctypes.get_errno(), "getdents64")
-    found, at = [], 0
-    while at < got:
-        found.append(buffer.raw[at + 19 : buffer.raw.index(0, at + 19)].decode())
-        at += int.from_bytes(buffer.raw[at + 16 : at + 18], "little")
-    return found
-
-
-def main() -> None:
-    """Do what is asked until the pipe ends."""
-    while header := os.read(0, 4):
-        size = int.from_bytes(header, "little")
-        data = b""
-        while len(data) < size:
-            data += os.read(0, size - len(data))
-        call, args = marshal.loads(data)
-        try:
-            answer = (True, (globals().get(call) or getattr(os, call))(*args))
-        except OSError as error:
-            answer = (False, (error.errno or errno.EIO, str(error)))
-        except Exception as error:
-            answer = (False, (0, repr(error)))
-        reply = marshal.dumps(answer)
-        reply = len(reply).to_bytes(4, "little") + reply
-        while reply:
-            reply = reply[os.write(1, reply) :]
-
-
-if __name__ == "__main__":
-    main()

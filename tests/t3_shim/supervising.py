@@ -22,7 +22,8 @@ import pytest
 
 from tests.conftest import ROOT, make_runtime_dir
 from tests.t3_shim.program import Program
-from tests.t3_shim.raw_driver import RawDriver, Tree
+from tests.t3_shim.raw_driver import RawDriver
+from tests.t3_shim.tree import Tree
 
 can_mount = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.t3_shim.raw_driver import Answer, Packets, RawDriver, Request, dirent, whole
+from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
 from tests.t3_shim.test_lookup_counts import settled
+from tests.t3_shim.tree import Answer, Packets, Request, dirent, whole
 from udf.fuse import structs
 from udf.fuse.flags import Init
 from udf.fuse.opcodes import Opcode

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from tests.t3_shim.raw_driver import Packets, RawDriver, whole
+from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
+from tests.t3_shim.tree import Packets, whole
 from udf.fuse import structs
 from udf.fuse.flags import Init
 from udf.fuse.opcodes import Notify, Opcode

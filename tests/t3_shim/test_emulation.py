@@ -8,8 +8,9 @@ import stat
 
 import pytest
 
-from tests.t3_shim.raw_driver import RawDriver, Request
+from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
+from tests.t3_shim.tree import Request
 from udf.fuse import structs
 from udf.fuse.flags import Fattr, Init, LkFlag
 from udf.fuse.opcodes import Opcode

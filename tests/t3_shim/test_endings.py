@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import time
 
@@ -172,3 +173,20 @@ def test_a_supervisor_that_is_stopped_does_not_stop_the_mount():
         for number in range(20):
             mount.shim.wait_for("counters", id=1000 + number)
         assert mount.counters()["waiting"] == 0
+
+
+def test_sigterm_unmounts():
+    with mounted(warm) as mount:
+        mount.do("walk")
+        mount.end_programs()
+        mount.shim.process.terminate()
+        mount.shim.wait_for("unmounted")
+        assert mount.shim.process.wait(5) == 0
+        assert not mount.is_mounted()
+
+
+def test_the_terminals_signals_are_not_the_shims():
+    with mounted(warm) as mount:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            mount.shim.process.send_signal(number)
+        assert mount.do("walk") == 5

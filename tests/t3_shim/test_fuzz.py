@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.t3_shim.program import Program, StillWaiting
-from tests.t3_shim.raw_driver import Answer, Packets, RawDriver, Request, whole
+from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
+from tests.t3_shim.tree import Answer, Packets, Request, whole
 from udf.fuse.opcodes import Opcode
 
 pytestmark = can_mount
 
-EXAMPLES = int(os.environ.get("UDF_FUZZ_EXAMPLES", "15"))  # more of them by night
+EXAMPLES = int(os.environ.get("UDF_FUZZ_EXAMPLES", "10"))  # more of them by night
 SETTINGS = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 SECONDS = 10.0  # for one operation: its requests, each with a deadline of a second or two
 MEMORY = 60 << 20

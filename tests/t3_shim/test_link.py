@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.t3_shim.raw_driver import whole
+from tests.t3_shim.tree import whole
 from udf.fuse import structs
 from udf.fuse.opcodes import Opcode
 from udf.shim.link import BUFFER_SIZE, QUEUE_LIMIT, Link, LinkClosed

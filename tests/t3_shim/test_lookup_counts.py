@@ -10,8 +10,9 @@ import stat
 
 import pytest
 
-from tests.t3_shim.raw_driver import ROOT, RawDriver
+from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
+from tests.t3_shim.tree import ROOT
 from udf.fuse.flags import Init
 from udf.fuse.opcodes import Opcode
 

@@ -17,7 +17,7 @@ from udf.fuse import structs
 from udf.shim import nodes as nodes_module
 from udf.shim.nodes import FOREVER, ROOT, BadEntry, NodeTable
 
-SETTINGS = settings(max_examples=120, stateful_step_count=50, deadline=None)
+SETTINGS = settings(max_examples=60, stateful_step_count=50, deadline=None)
 REGULAR, DIRECTORY = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
 
 
