@@ -51,6 +51,39 @@ class Mount(Message, tag="mount"):
     deadline: float = 30.0
     start_timeout: float = 30.0
     spin: bool | None = None
+    recover: bool = False  # the driver's death is not the end: requests are parked until `attach` or `fail`
+    hide: bool = True  # a file that is removed while open is kept under a hidden name
+    stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
+    stable_inodes: bool = True  # its inode numbers do, so that a file which is found again can be told from another
+    patience: float = 60.0  # seconds that a parked request waits for a new generation
+
+
+class Attach(Message, tag="attach"):
+    """A new generation of the driver is ready; comes with the shim's end of its link.
+
+    `counted`: the death before was the driver's own making, so requests that were under way then are suspects.
+    """
+
+    generation: int
+    counted: bool = True
+
+
+class Fail(Message, tag="fail"):
+    """There will be no new generation for now: what is parked fails, and so does what comes. `attach` may follow."""
+
+    text: str = ""
+
+
+class AskRequests(Message, tag="requests"):
+    """Ask for the requests that wait; the answer carries the same id."""
+
+    id: int
+
+
+class Abort(Message, tag="abort"):
+    """Answer one request that waits with EIO; the driver may finish it or not."""
+
+    request: int
 
 
 class Unmount(Message, tag="unmount"):
@@ -71,7 +104,7 @@ class Trace(Message, tag="trace"):
     on: bool
 
 
-ToShim = Mount | Unmount | AskCounters | Trace
+ToShim = Mount | Unmount | AskCounters | Trace | Attach | Fail | AskRequests | Abort
 
 
 # ---- shim -> supervisor
@@ -99,9 +132,61 @@ class Unmounted(Message, tag="unmounted"):
 
 
 class LinkLost(Message, tag="link_lost"):
-    """The driver's end of the link is closed; so many requests had no answer."""
+    """The driver's end of the link is closed and all that it had said is taken; so many requests had no answer.
+
+    `recent`: its last operations, oldest first, one line each, for the crash report.
+    """
 
     pending: int = 0
+    recent: list[str] = []
+
+
+class Attached(Message, tag="attached"):
+    """A new generation serves; so many requests of the one before are being asked again, so many were parked."""
+
+    generation: int
+    replayed: int = 0
+    parked: int = 0
+
+
+class Refused(Message, tag="refused"):
+    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT)."""
+
+    generation: int
+    error: str
+
+
+class Overdue(Message, tag="overdue"):
+    """The driver has not answered a request in its deadline: it counts as hung. Once for each generation."""
+
+    op: str
+    age: float
+
+
+class Poison(Message, tag="poison"):
+    """A request at which driver after driver died was answered EIO."""
+
+    op: str
+    path: str = ""
+
+
+class WaitingRequest(msgspec.Struct, kw_only=True):
+    """One request that waits: for the driver, or `parked` for a new generation of it."""
+
+    id: int
+    op: str
+    path: str = ""
+    age: float
+    pid: int
+    parked: bool = False
+
+
+class Requests(Message, tag="requests"):
+    """The answer to AskRequests, oldest first, bounded; `total` counts them all."""
+
+    id: int
+    total: int
+    requests: list[WaitingRequest]
 
 
 class StateChange(Message, tag="state"):
@@ -135,7 +220,21 @@ class ShimHeartbeat(Message, tag="heartbeat"):
 
 
 FromShim = (
-    Mounted | ShimFailed | Busy | Unmounted | LinkLost | StateChange | ShimFault | Counters | Detached | ShimHeartbeat
+    Mounted
+    | ShimFailed
+    | Busy
+    | Unmounted
+    | LinkLost
+    | Attached
+    | Refused
+    | Overdue
+    | Poison
+    | Requests
+    | StateChange
+    | ShimFault
+    | Counters
+    | Detached
+    | ShimHeartbeat
 )
 
 
@@ -164,7 +263,10 @@ class Sandbox(msgspec.Struct, kw_only=True):
 
 
 class Start(Message, tag="start"):
-    """Load and serve a driver; comes with the driver's end of the link."""
+    """Load and serve a driver; comes with the driver's end of the link, then the memfds of its state store, if any.
+
+    A `spare` gets neither yet: it is made ready as far as that goes without touching the source; `take_over` follows.
+    """
 
     name: str
     driver: DriverSpec
@@ -172,13 +274,19 @@ class Start(Message, tag="start"):
     source: str | None = None
     options: dict[str, bool | int | float | str] = {}
     heartbeat: float = 1.0
+    spare: bool = False
+    store: bool = False  # the driver has a state store (durability = "store")
+
+
+class TakeOver(Message, tag="take_over"):
+    """A spare's turn: comes with what `start` would have come with."""
 
 
 class Stop(Message, tag="stop"):
     """End in an orderly way; a SIGTERM means the same."""
 
 
-ToHost = Start | Stop
+ToHost = Start | TakeOver | Stop
 
 
 # ---- host -> supervisor

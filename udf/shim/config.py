@@ -30,6 +30,11 @@ class Config:
     deadline: float = 30.0
     start_timeout: float = 30.0
     spin: bool | None = None  # None: by what the machine has
+    recover: bool = False  # the driver's death is not the end of what it served
+    hide: bool = True  # keep a file that is removed while open under a hidden name
+    stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
+    stable_inodes: bool = True  # its inode numbers do
+    patience: float = 60.0  # seconds that a parked request waits for a new generation
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Config:
