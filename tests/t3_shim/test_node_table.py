@@ -329,7 +329,7 @@ def test_a_freed_node_leaves_nothing_to_the_next_one_in_its_slot():
         second = enter(table, ROOT, b"e", 8, DIRECTORY, ino=4321)
         assert second == first
         assert table.inode_number(second) == 4321
-        assert table.flags[second] == nodes_module.ALIVE
+        assert table.flags[second] == nodes_module.ALIVE | nodes_module.BOUND
         assert (table.node_id(second), b"x") not in table.negatives
 
 

@@ -97,7 +97,7 @@ def _enter(s: Service, pending: Pending, name: bytes) -> int:
     buffer = s.link.buffer
     if not _U64.unpack_from(buffer, OUT)[0]:
         raise BadReply("an entry without a node")
-    admitted = _admit(s, pending.slot)
+    admitted = _admit(s, pending.slot, name)
     s.nodes.settle(pending.slot, name, admitted, buffer, OUT)
     return admitted[0]
 
@@ -105,8 +105,8 @@ def _enter(s: Service, pending: Pending, name: bytes) -> int:
 def _lookup(s: Service, pending: Pending, size: int) -> int:
     _expect(size, ENTRY_OUT.size)
     buffer = s.link.buffer
+    name = name_in(pending)
     if not _U64.unpack_from(buffer, OUT)[0]:
-        name = name_in(pending)
         valid = min(_U64.unpack_from(buffer, OUT + 16)[0], FOREVER)
         if valid or s.exclusive:
             remember_negative(s, pending.node_id, name, monotonic() + (FOREVER if s.exclusive else valid))
@@ -115,7 +115,7 @@ def _lookup(s: Service, pending: Pending, size: int) -> int:
             s.nodes.release(gone)
         buffer[OUT : OUT + ENTRY_OUT.size] = negative(FOREVER if s.exclusive else valid)
         return size
-    s.unsettled = pending, _admit(s, pending.slot)
+    s.unsettled = pending.slot, name, _admit(s, pending.slot, name)
     return size
 
 
@@ -123,18 +123,18 @@ def settle_entry(s: Service) -> None:
     """Bring the tables up to date with an entry that the kernel knows already."""
     if s.unsettled is None:
         return
-    pending, admitted = s.unsettled
+    parent, name, admitted = s.unsettled
     s.unsettled = None
     try:
-        s.nodes.settle(pending.slot, name_in(pending), admitted, s.link.buffer, OUT)
+        s.nodes.settle(parent, name, admitted, s.link.buffer, OUT)
     except SlotsExhausted:
         pass  # the node is there; only its name is not remembered
 
 
-def _admit(s: Service, parent: int) -> Admitted:
+def _admit(s: Service, parent: int, name: bytes) -> Admitted:
     """Take the entry in a reply as far as the kernel's answer needs it; the kernel counts one lookup of it."""
     try:
-        admitted = s.nodes.admit(parent, s.link.buffer, OUT, monotonic(), s.exclusive)
+        admitted = s.nodes.admit(parent, name, s.link.buffer, OUT, monotonic(), s.exclusive)
     except BadEntry:
         driver_id = _U64.unpack_from(s.link.buffer, OUT)[0]
         if driver_id != ROOT:
@@ -233,6 +233,7 @@ def _attributes(s: Service, pending: Pending, size: int) -> int:
     valid = min(valid, FOREVER)
     if pending.op == Opcode.SETATTR:
         nodes.touch(slot)
+        s.remembered.forget(pending.node_id)
         current = True
     else:
         current = nodes.version[slot] == pending.version
@@ -312,6 +313,7 @@ def _changed(s: Service, pending: Pending, size: int) -> int:
     """FALLOCATE, SETXATTR, REMOVEXATTR: no body, changed attributes."""
     _expect(size, 0)
     s.nodes.touch(pending.slot)
+    s.remembered.forget(pending.node_id)
     return size
 
 

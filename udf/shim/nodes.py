@@ -5,6 +5,9 @@ entry time-outs. It never sends anything: FORGETs that have become due to the dr
 
 Node id = incarnation << 32 | slot, so an id is never used twice and finding a node is one table access; the root is 1.
 A node lives while the kernel counts a lookup, a child, an open handle or a pin (a listing in progress) needs it.
+
+A driver's ids, and its lookups, are those of one generation of it. Nothing is done to the nodes when the next comes: a
+node of an older one is `Unresolved` until its name has been looked up again and the same file was found there.
 All memory is in columns of one memfd (about 200 bytes a node with its name); nothing is kept per node as an object.
 More than 400 lines: ids, names and lifetimes rest on one set of counts, and are checked by reading them together.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import stat
 import time
+from collections import deque
 from struct import Struct
 from zlib import crc32
 
@@ -25,6 +29,8 @@ ATTR_SIZE = 88
 
 # Flags of a node. The low byte says how a driver's OPEN may be answered without it.
 ALIVE = 0x100
+BOUND = 0x200  # found by the driver's id, which may be of an older generation
+HIDDEN = 0x400  # removed while open: one of its links is the shim's own, and programs do not see it counted
 OPENED_READ = 0x1  # the driver has accepted an open for reading
 OPENED_WRITE = 0x2
 OPENED_DIR = 0x4
@@ -33,6 +39,7 @@ OPEN_FLAGS_SHIFT = 16  # FOPEN_* as the driver gave them at the last open it ans
 _MODE_NLINK = Struct("<II")  # attr offsets 60 and 64
 _INO = Struct("<Q")
 _ENTRY = Struct("<QQQQII8xq44xI")  # the head, and of the attributes size and mode
+_SAME = Struct("<8xQ24xQ52xI")  # of an entry: the inode's generation, its number, the mode
 _ENTRY_HEAD = Struct("<QQQQII")  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec
 ENTRY_HEAD_SIZE = 40
 _MANY_LOOKUPS = 1 << 31
@@ -43,6 +50,14 @@ Admitted = tuple[int, int, float, float]
 """A slot, the driver's id of a new one (else 0), and until when the entry and the attributes are valid."""
 
 
+class Unresolved(Exception):
+    """This generation of the driver does not know the node `slot` yet."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__(slot)
+        self.slot = slot
+
+
 class BadEntry(Exception):
     """A driver's entry contradicts itself or what is known; the sentence says how."""
 
@@ -50,15 +65,18 @@ class BadEntry(Exception):
 class NodeTable:
     """All nodes of one mount. Slots are internal; ids are what the kernel sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stable_nodes: bool = False, stable_inodes: bool = True) -> None:
         n = CAPACITY
         memory = Columns(
-            "udf-nodes", n * (8 * 3 + 4 * 10 + ATTR_SIZE) + n * (4 * 6 + 8) + n * 16 + NAMES_SIZE + (1 << 20)
+            "udf-nodes", n * (8 * 4 + 4 * 10 + ATTR_SIZE) + n * (4 * 6 + 8) + n * 16 + NAMES_SIZE + (1 << 20)
         )
+        self._stable_nodes = stable_nodes
+        self._stable_inodes = stable_inodes
         column = memory.integers
         self.driver_id = column("Q", n)
         self.lookups = column("Q", n)  # the kernel's count
         self.attr_until = memory.floats(n)  # monotonic; 0: not valid
+        self.inode_generation = column("Q", n)  # as the driver gave it first: what tells a reused inode number
         self.driver_lookups = column("I", n)  # the driver's count, of this generation
         self.generation_of = column("I", n)
         self.incarnation = column("I", n)
@@ -85,6 +103,8 @@ class NodeTable:
         self._names = Names(memory.bytes(NAMES_SIZE))
         self.generation = 1
         self.forgets: list[tuple[int, int]] = []
+        self.nameless: deque[tuple[int, int]] = deque(maxlen=4096)  # the last forgets of nodes without a name
+        self._linked: dict[int, int] = {}  # inode number -> slot of files with several links
         self.negatives: dict[tuple[int, bytes], float] = {}  # by node id: a slot's next node must not inherit them
         root = self._slots.take()
         assert root == ROOT
@@ -113,9 +133,21 @@ class NodeTable:
     def by_driver(self, driver_id: int) -> int:
         """Return the slot that this generation of the driver calls *driver_id*, or 0."""
         slot = self._by_driver.first(_mix(driver_id))
-        while slot and self.driver_id[slot] != driver_id:
+        while slot and (self.driver_id[slot] != driver_id or self.generation_of[slot] != self.generation):
             slot = self._driver_chain[slot]
         return slot
+
+    def driver(self, slot: int) -> int:
+        """Return what this generation of the driver calls *slot*. Raises Unresolved."""
+        if self.generation_of[slot] != self.generation:
+            raise Unresolved(slot)
+        driver_id: int = self.driver_id[slot]
+        return driver_id
+
+    def is_resolved(self, slot: int) -> bool:
+        """Whether this generation of the driver knows *slot*."""
+        resolved: bool = self.generation_of[slot] == self.generation
+        return resolved
 
     def link(self, parent: int, name: bytes) -> int:
         """Return the link called *name* in *parent*, or 0."""
@@ -189,6 +221,8 @@ class NodeTable:
         """
         start = slot * ATTR_SIZE
         buffer[at + 84 : at + 88] = _NO_FLAGS
+        if self.flags[slot] & HIDDEN:
+            _hide_link(buffer, at)
         if self.mode(slot):
             buffer[at : at + 8] = self.attrs[start : start + 8]
         self.attrs[start : start + ATTR_SIZE] = buffer[at : at + ATTR_SIZE]
@@ -244,18 +278,22 @@ class NodeTable:
         Counts one lookup by the driver, none by the kernel. Returns the slot. Raises SlotsExhausted, and BadEntry
         (then nothing is counted).
         """
-        admitted = self.admit(parent, buffer, at, now, keep_forever)
+        admitted = self.admit(parent, name, buffer, at, now, keep_forever)
         self.settle(parent, name, admitted, buffer, at)
         return admitted[0]
 
-    def admit(self, parent: int, buffer: bytearray, at: int, now: float, keep_forever: bool) -> Admitted:
+    def admit(self, parent: int, name: bytes, buffer: bytearray, at: int, now: float, keep_forever: bool) -> Admitted:
         """Do the part of `enter` that the kernel's answer needs; `settle` must follow before anything else is done.
 
         In between the kernel can be answered, so that the program runs while the tables are brought up to date.
         """
-        driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns, size, mode = _ENTRY.unpack_from(buffer, at)
+        driver_id, inode_generation, entry_valid, attr_valid, entry_ns, attr_ns, size, mode = _ENTRY.unpack_from(
+            buffer, at
+        )
         attr_at = at + ENTRY_HEAD_SIZE
         slot = self.by_driver(driver_id)
+        if not slot and self.generation > 1:
+            slot = self._known_before(parent, name, driver_id, buffer, at)
         if slot == ROOT or entry_ns > 999_999_999 or attr_ns > 999_999_999:
             raise BadEntry("an entry names the root or has an impossible time-out")
         if slot or size < 0 or mode > 0xFFFF or mode & 0o170000 not in _KINDS:
@@ -272,10 +310,13 @@ class NodeTable:
             self.driver_lookups[slot] = count
             if self.mode(slot):
                 buffer[attr_at : attr_at + 8] = self.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + 8]
+            if self.flags[slot] & HIDDEN:
+                _hide_link(buffer, attr_at)
             incarnation = self.incarnation[slot]
         else:
             slot = self._slots.take()
             self.incarnation[slot] = incarnation = (self.incarnation[slot] + 1) & 0xFFFFFFFF
+            self.inode_generation[slot] = inode_generation
             new = driver_id
         buffer[attr_at + 84 : attr_at + 88] = _NO_FLAGS
         if keep_forever:
@@ -301,6 +342,63 @@ class NodeTable:
         self.attrs[start : start + ATTR_SIZE] = buffer[at + ENTRY_HEAD_SIZE : at + ENTRY_HEAD_SIZE + ATTR_SIZE]
         self.attr_until[slot] = attr_until
         self.set_link(parent, name, slot, entry_until)
+        mode, links = _MODE_NLINK.unpack_from(self.attrs, start + 60)
+        if links > 1 and mode & 0o170000 != stat.S_IFDIR:
+            self._linked[self.inode_number(slot)] = slot
+
+    # ---- generations
+
+    def begin_generation(self) -> None:
+        """A new process of the driver serves from here on: it knows nothing but the root, and has counted nothing."""
+        if self._stable_nodes:
+            self.forgets.extend(self.nameless)  # the old one may have died before it heard of them
+            return
+        self.forgets.clear()
+        self.generation += 1
+        self.generation_of[ROOT] = self.generation
+
+    def is_same(self, slot: int, buffer: bytes | bytearray, at: int) -> bool:
+        """Whether the driver's entry at *at* is the file that *slot* was when it was first seen."""
+        generation, number, mode = _SAME.unpack_from(buffer, at)
+        if (mode ^ self.mode(slot)) & 0o170000:
+            return False
+        return not self._stable_inodes or (
+            number == self.inode_number(slot) and generation == self.inode_generation[slot]
+        )
+
+    def rebind(self, slot: int, buffer: bytes | bytearray, at: int) -> bool:
+        """Take the entry at *at* for what *slot* is called now, one lookup counted; False if it is another file."""
+        driver_id: int = _INO.unpack_from(buffer, at)[0]
+        if driver_id <= ROOT or self.by_driver(driver_id) or not self.is_same(slot, buffer, at):
+            return False
+        self._rebind(slot, driver_id, 1)
+        return True
+
+    def _rebind(self, slot: int, driver_id: int, lookups: int) -> None:
+        self._unbind(slot)
+        self._bind(slot, driver_id)
+        self.driver_lookups[slot] = lookups
+
+    def _known_before(self, parent: int, name: bytes, driver_id: int, buffer: bytearray, at: int) -> int:
+        """Return the node of an older generation that the entry is about, now bound, with no lookup counted; or 0."""
+        if driver_id <= ROOT:
+            return 0
+        known: int = self.link_node[self.link(parent, name)]
+        linked = self._linked.get(_SAME.unpack_from(buffer, at)[1], 0) if self._stable_inodes else 0
+        for slot in (known, linked):
+            if slot > ROOT and not self.is_resolved(slot) and self.is_same(slot, buffer, at):
+                self._rebind(slot, driver_id, 0)
+                return slot
+        return 0
+
+    def links_of(self, slot: int) -> list[tuple[int, bytes]]:
+        """Return the names of *slot*: (parent, name)."""
+        found = []
+        link = self.first_link[slot]
+        while link:
+            found.append((self.link_parent[link], self._names.get(self._link_name[link])))
+            link = self._link_sibling[link]
+        return found
 
     def pack_entry(self, slot: int, link: int, now: float) -> bytes:
         """Return the 128 bytes of an entry_out from what is cached."""
@@ -423,7 +521,14 @@ class NodeTable:
                 link = following
             self._unbind(slot)
             if self.driver_lookups[slot] and self.generation_of[slot] == self.generation:
-                self.forgets.append((self.driver_id[slot], self.driver_lookups[slot]))
+                due = self.driver_id[slot], self.driver_lookups[slot]
+                self.forgets.append(due)
+                if self._stable_nodes and not parents:
+                    self.nameless.append(due)
+            if self._linked:
+                number = self.inode_number(slot)
+                if self._linked.get(number) == slot:
+                    del self._linked[number]
             self.flags[slot] = 0
             self.driver_lookups[slot] = 0
             self.version[slot] = (self.version[slot] + 1) & 0xFFFFFFFF
@@ -447,11 +552,13 @@ class NodeTable:
     def _bind(self, slot: int, driver_id: int) -> None:
         self.driver_id[slot] = driver_id
         self.generation_of[slot] = self.generation
+        self.flags[slot] |= BOUND
         self._by_driver.add(slot, _mix(driver_id))
 
     def _unbind(self, slot: int) -> None:
         """Forget that the driver's id means *slot*; requests for the node still go to that id."""
-        if self.by_driver(self.driver_id[slot]) == slot:
+        if self.flags[slot] & BOUND:
+            self.flags[slot] &= ~BOUND
             self._by_driver.remove(slot, _mix(self.driver_id[slot]))
 
     def _remove_link(self, link: int) -> None:
@@ -473,6 +580,13 @@ class NodeTable:
 _NO_ATTR = bytes(ATTR_SIZE)
 _NO_FLAGS = bytes(4)
 _KINDS = frozenset((stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
+
+
+def _hide_link(buffer: bytearray, at: int) -> None:
+    """Take the shim's own link out of the count in the attributes at *at*."""
+    mode, links = _MODE_NLINK.unpack_from(buffer, at + 60)
+    if links:
+        _MODE_NLINK.pack_into(buffer, at + 60, mode, links - 1)
 
 
 def _mix(driver_id: int) -> int:
