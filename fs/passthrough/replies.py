@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, StatvfsData
@@ -23,6 +24,14 @@ _STATVFS = (
 def refusal(e: OSError) -> FUSEError:
     """The one exception that pyfuse3 takes from a handler."""
     return FUSEError(e.errno or errno.EIO)
+
+
+def entry_of(node: Node, st: os.stat_result, timeout: float) -> EntryAttributes:
+    """What is said of a name. The generation tells a file from a later one with the same inode number, in each run."""
+    entry = attributes(node.id, st, timeout)
+    if node.handle is not None:
+        entry.generation = zlib.crc32(node.handle)
+    return entry
 
 
 def attributes(node_id: int, st: os.stat_result, timeout: float) -> EntryAttributes:
@@ -101,7 +110,7 @@ class Listing:
                 node, st = nodes.enter(self.node.id, name)
         except OSError:
             return True  # gone since, or a mount point
-        if pyfuse3.readdir_reply(token, name, attributes(node.id, st, self._timeout), following):
+        if pyfuse3.readdir_reply(token, name, entry_of(node, st, self._timeout), following):
             node.lookups += 1
             return True
         nodes.drop_unused(node)

@@ -31,9 +31,10 @@ from udf.fuse.structs import (
     WRITE_OUT,
 )
 from udf.shim.columns import SlotsExhausted
+from udf.shim.graph import OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT
 from udf.shim.handles import Handle
 from udf.shim.inflight import Pending
-from udf.shim.nodes import FOREVER, OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT, Admitted, BadEntry
+from udf.shim.nodes import FOREVER, Admitted, BadEntry
 from udf.shim.open_files import FOPEN_ALLOWED, NEEDED, open_reply
 from udf.shim.requests import negative
 from udf.shim.service import Service

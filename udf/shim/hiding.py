@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT, IN_HEADER, OPEN_IN, OPEN_OUT, READ_IN, RELEASE_IN
+from udf.shim.graph import HIDDEN, ROOT
 from udf.shim.inflight import Ask
-from udf.shim.nodes import HIDDEN, ROOT
 from udf.shim.resolve import forget_look, look, resolve
 
 if TYPE_CHECKING:

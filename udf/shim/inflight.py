@@ -8,34 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from udf.fuse.opcodes import Opcode
-
 OWN_UNIQUE = 1 << 62  # ids of our own requests start here; the kernel's and RESEND's bit 63 never meet them
 INTERRUPT_UNIQUE = OWN_UNIQUE + 3  # drivers answer an INTERRUPT or not: what comes is dropped
-
-# May be answered EINTR, or asked again, at any time: they change nothing.
-PURE = frozenset(
-    int(op)
-    for op in (
-        Opcode.LOOKUP,
-        Opcode.GETATTR,
-        Opcode.READLINK,
-        Opcode.READ,
-        Opcode.READDIR,
-        Opcode.READDIRPLUS,
-        Opcode.STATFS,
-        Opcode.GETXATTR,
-        Opcode.LISTXATTR,
-        Opcode.ACCESS,
-        Opcode.LSEEK,
-        Opcode.STATX,
-        Opcode.OPEN,
-        Opcode.OPENDIR,
-        Opcode.BMAP,
-        Opcode.POLL,
-        Opcode.GETLK,
-    )
-)
 
 
 class Pending:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT, READ_IN
 from udf.shim.columns import NAME_MAX
+from udf.shim.graph import ROOT
 from udf.shim.handles import LISTING_LIMIT, Handle, Listing
 from udf.shim.hiding import HIDDEN_NAME
 from udf.shim.inflight import Ask, Refuse, Steps
-from udf.shim.nodes import ROOT, BadEntry
+from udf.shim.nodes import BadEntry
 from udf.shim.tasks import caller, open_handle
 
 if TYPE_CHECKING:

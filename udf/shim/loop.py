@@ -21,8 +21,8 @@ from udf.fuse.mount import MountError, unmount
 from udf.fuse.structs import IN_HEADER
 from udf.shim import replies
 from udf.shim.control import Control, SupervisorGone
+from udf.shim.graph import Unresolved
 from udf.shim.link import LinkClosed
-from udf.shim.nodes import Unresolved
 from udf.shim.patience import check_time, give_up
 from udf.shim.requests import HANDLERS
 from udf.shim.resolve import resolve_then_again

@@ -15,8 +15,8 @@ from udf.fuse.flags import Fopen, WriteFlag
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OPEN_OUT
 from udf.shim import tasks
+from udf.shim.graph import OPEN_FLAGS_SHIFT, OPENED_DIR, OPENED_READ, OPENED_WRITE
 from udf.shim.handles import Handle
-from udf.shim.nodes import OPEN_FLAGS_SHIFT, OPENED_DIR, OPENED_READ, OPENED_WRITE
 from udf.shim.tasks import STRIPPED, without_suid
 
 if TYPE_CHECKING:

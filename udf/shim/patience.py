@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, INTERRUPT_IN
-from udf.shim.inflight import INTERRUPT_UNIQUE, PURE, Pending
+from udf.shim.inflight import INTERRUPT_UNIQUE, Pending
+from udf.shim.replay import PURE
 from udf.shim.stale import stale_attributes
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from udf.fuse.structs import IN_HEADER, OUT_HEADER
 from udf.shim.contract import INIT_UNIQUE, ContractRefused, driver_init, lacks, parse_driver_init
 from udf.shim.inflight import Pending, Task
 from udf.shim.link import Link
-from udf.shim.replay import REPLAY, Replay, look_first
+from udf.shim.looks import look_first
+from udf.shim.replay import REPLAY, Replay
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,8 +19,8 @@ from udf.fuse.flags import Fattr, GetattrFlag, SetxattrFlag
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT, IN_HEADER
 from udf.shim import open_files, patience, tasks
+from udf.shim.graph import ATTR_SIZE, ROOT
 from udf.shim.hiding import HIDDEN_NAME, needs_hiding
-from udf.shim.nodes import ATTR_SIZE, ROOT
 from udf.shim.remembered import REMEMBERED
 from udf.shim.stale import answer_stale, stale_attributes
 from udf.shim.tasks import forward_rename, without_suid

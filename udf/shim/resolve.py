@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT
+from udf.shim.graph import ROOT
 from udf.shim.inflight import Ask, Refuse, Steps
-from udf.shim.nodes import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -21,11 +21,12 @@ from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OUT_HEADER, RELEASE_IN
 from udf.shim.contract import DriverTerms
 from udf.shim.counters import Counters
+from udf.shim.graph import HIDDEN
 from udf.shim.handles import Handle, HandleTable
 from udf.shim.hiding import Hiding
 from udf.shim.inflight import OWN_UNIQUE, Ask, Pending, Refuse, Steps, Task, Wait
 from udf.shim.link import Link
-from udf.shim.nodes import HIDDEN, Admitted, NodeTable
+from udf.shim.nodes import Admitted, NodeTable
 from udf.shim.recovery import Recovery
 from udf.shim.remembered import Remembered
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ATTR_OUT, GETATTR_IN, STATFS_OUT
+from udf.shim.graph import ATTR_SIZE, ROOT
 from udf.shim.inflight import Ask
-from udf.shim.nodes import ATTR_SIZE, ROOT, BadEntry
+from udf.shim.nodes import BadEntry
 
 if TYPE_CHECKING:
     from udf.shim.inflight import Steps
