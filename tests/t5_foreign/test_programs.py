@@ -3,7 +3,6 @@ would not make."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,13 +62,14 @@ def die(daemon: Daemon, program: Program, tree: Path, tmp_path: Path, mountpoint
         assert (mountpoint / "program").stat().st_size > 0
         file = os.open(mountpoint / "big", os.O_RDONLY)
         mounted.kill_program()
+        if find_spec("udf.shim.recovery") is None:
+            os.close(file)
+            pytest.skip("needs a shim that takes a new generation")
         for act in (lambda: os.pread(file, 4096, 2 << 20), lambda: os.listdir(mountpoint / "many")):
-            assert errno_in_time(act) == errno.EIO
-        with contextlib.suppress(OSError):
-            os.close(file)  # closing asks the program, too
+            assert errno_in_time(act, 30.0) is None
+        os.close(file)
         row = mounted.row()
-        assert row["state"] == "FAILED"
-        assert row["text"].startswith("the driver was ended by SIGKILL")
+        assert (row["state"], row["generation"]) == ("ACTIVE", 2)
 
 
 def errno_in_time(act: Callable[[], object], seconds: float = 3.0) -> int | None:

@@ -32,12 +32,13 @@ KNOWN_KINDS = ("block", "usb")  # words of the design that this version does not
 SOURCES = ("none", "directory", "file", "device", "url", "any")
 OPEN_POLICIES = ("known", "lazy", "driver")
 DURABILITIES = ("source", "store", "none")
+STABILITIES = ("stable", "volatile")
 OPTION_TYPES = ("str", "int", "float", "bool", "size", "path")
 # Options that belong to the mount, whatever the driver: a manifest cannot declare them.
 MOUNT_WORDS = {
     "ro", "rw", "allow_other", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "relatime",
-    "nonempty", "max_read", "fsname", "spin", "nospin", "deadline", "defaults", "auto", "noauto", "nofail", "user",
-    "nouser", "users", "owner", "group", "async", "default_permissions",
+    "nonempty", "max_read", "fsname", "spin", "nospin", "deadline", "patience", "spare", "defaults", "auto",
+    "noauto", "nofail", "user", "nouser", "users", "owner", "group", "async", "default_permissions",
 }  # fmt: skip
 
 _BLOCK = re.compile(r"^# /// udf[ \t]*\r?\n((?:#(?:[ \t][^\n]*)?\r?\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
@@ -78,6 +79,8 @@ class Manifest:
     locks: bool = False
     open: str = "known"
     durability: str = "source"
+    nodes: str = "volatile"
+    inodes: str = "stable"
     deadline: float = 30.0
     requires: tuple[str, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -123,6 +126,7 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
         if key not in values:
             raise refuse(key, "is missing: every manifest of this kind needs it")
     if foreign:
+        values.setdefault("inodes", "volatile")  # programs that number their files as they meet them are common
         _check_command(values["command"], options if isinstance(options, dict) else {}, values, refuse)
     return Manifest(
         name=name,
@@ -229,6 +233,8 @@ _KEYS: dict[str, _Check] = {
     "locks": _flag,
     "open": _word(*OPEN_POLICIES),
     "durability": _word(*DURABILITIES),
+    "nodes": _word(*STABILITIES),
+    "inodes": _word(*STABILITIES),
     "deadline": _deadline,
     "requires": _programs,
 }

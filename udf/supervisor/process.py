@@ -125,6 +125,11 @@ class Process(Generic[T]):
         """The last that it printed."""
         return self._output.last_line if self._output else ""
 
+    @property
+    def last_lines(self) -> list[str]:
+        """The last lines that it printed."""
+        return self._output.last_lines if self._output else []
+
     def how(self) -> str:
         """How it ended, with its last words, for the text of an event."""
         how = self.child.how() if self.child else self._problem
