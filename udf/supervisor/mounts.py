@@ -17,6 +17,7 @@ import trio
 from udf import messages
 from udf.supervisor import paths, spawn
 from udf.supervisor.bell import Bell
+from udf.supervisor.child import REAP_TIMEOUT
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.output import printable
 from udf.supervisor.plan import HEARTBEAT, BusyError, MountPlan, StartFailedError
@@ -383,7 +384,7 @@ class Mount:
         with trio.move_on_after(TERM_GRACE):
             await self.ended.wait()
         self._shim.kill()
-        with trio.move_on_after(self._stop_grace() + 2 * TERM_GRACE + 2 * spawn.REAP_TIMEOUT):
+        with trio.move_on_after(self._stop_grace() + 2 * TERM_GRACE + 2 * REAP_TIMEOUT):
             await self.ended.wait()
 
     async def counters(self) -> dict[str, int | float]:
