@@ -19,13 +19,16 @@ from typing import Any, NoReturn
 from udf.host import foreign, sandbox
 from udf.host import syscalls as sys_
 
-_STATUS = struct.Struct("i")
+END = struct.Struct("=iq")  # the last word on the bond: the driver's wait status, its largest resident set in KiB
 
 
 def run(
-    bond: socket.socket, control: socket.socket, link: int, packet: bytes, start: dict[str, Any], private: bool
+    bond: socket.socket, control: socket.socket, fds: list[int], packet: bytes, start: dict[str, Any], private: bool
 ) -> int:
-    """Start the driver and stay until it has ended; the exit status is only for when the bond is broken."""
+    """Start the driver and stay until it has ended; the exit status is only for when the bond is broken.
+
+    `fds` are the link and the memfds of the state store; a spare has none yet.
+    """
     sys_.set_name("udf-init")
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
@@ -36,28 +39,29 @@ def run(
     else:
         sys_.prctl(sys_.PR_SET_CHILD_SUBREAPER, 1)
     command = start["driver"].get("command")
-    program = foreign.Program(control, link, start, private) if command else None
+    program = foreign.Program(control, fds, start, private) if command else None
     sandbox.drop_privileges(start["sandbox"])
 
     driver = os.fork()
     if driver == 0:
-        _become_driver(bond, control, link, packet, start["name"], program)
+        _become_driver(bond, control, fds, packet, start["name"], program)
     if program is None:
-        os.close(link)
+        for fd in fds:
+            os.close(fd)
         control.close()
     else:
         program.started()
-    status = _watch(wake_read, driver, program)
+    status, max_rss = _watch(wake_read, driver, program)
     if not private:
         _kill_the_rest()
-    bond.send(_STATUS.pack(status))
+    bond.send(END.pack(status, max_rss))
     return os.waitstatus_to_exitcode(status) & 0xFF
 
 
 def _become_driver(
     bond: socket.socket,
     control: socket.socket,
-    link: int,
+    fds: list[int],
     packet: bytes,
     name: str,
     program: foreign.Program | None,
@@ -73,10 +77,10 @@ def _become_driver(
         bond.close()
         if program is not None:
             program.execute()
-        sandbox.close_other_descriptors([control.fileno(), link])
+        sandbox.close_other_descriptors([control.fileno(), *fds])
         from udf.host import serve  # the first thing of this host that is more than the standard library
 
-        status = serve.run(control, link, packet)
+        status = serve.run(control, fds[0] if fds else None, packet, fds[1:])
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException as exc:
@@ -85,13 +89,13 @@ def _become_driver(
         os._exit(status)
 
 
-def _watch(wake: int, driver: int, program: foreign.Program | None) -> int:
-    """Reap until the driver has ended (a foreign program: all of it). Returns its wait status."""
+def _watch(wake: int, driver: int, program: foreign.Program | None) -> tuple[int, int]:
+    """Reap until the driver has ended (a foreign program: all of it). Its wait status, its largest resident set."""
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     if program is not None:
         program.register(poll)
-    first_status = 0
+    first_status = max_rss = 0
     while True:
         timeout = None if program is None else program.timeout()
         ready = {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
@@ -105,15 +109,16 @@ def _watch(wake: int, driver: int, program: foreign.Program | None) -> int:
             _signal_all() if program is not None else os.kill(driver, signal.SIGTERM)
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 if program is not None:
                     program.ended(first_status)
-                return first_status
+                return first_status, max_rss
             if pid == 0:
                 break
             if pid == driver and program is None:
-                return status
+                return status, usage.ru_maxrss
+            max_rss = max(max_rss, usage.ru_maxrss)
             # Of a foreign program's processes the first that fails says how it ended.
             first_status = first_status or status
 

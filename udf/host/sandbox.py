@@ -23,10 +23,14 @@ _FUSE_TYPES = ("fuse", "fuseblk")
 
 
 def limit(nofile: int) -> None:
-    """Limits that need no right: descriptors, no core files, a terminal's signals are not for us."""
+    """How many descriptors a driver may have; needs no right."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     nofile = nofile if hard == resource.RLIM_INFINITY else min(nofile, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
+
+
+def settle() -> None:
+    """What is the same for every driver and needs no right: no core files, a terminal's signals are not for us."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o022)  # until the driver serves: what its interpreter writes meanwhile is code
     with suppress(OSError):

@@ -16,6 +16,7 @@ from udf import messages
 from udf.errors import UserError
 from udf.supervisor import paths, spawn
 from udf.supervisor.bell import Bell
+from udf.supervisor.child import REAP_TIMEOUT
 from udf.supervisor.generation import Generation
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.output import printable, sentence
@@ -272,7 +273,7 @@ class Mount:
         with trio.move_on_after(TERM_GRACE):
             await self.ended.wait()
         self._shim.process.kill()
-        with trio.move_on_after(stop_grace(self.plan) + 2 * TERM_GRACE + 2 * spawn.REAP_TIMEOUT):
+        with trio.move_on_after(stop_grace(self.plan) + 2 * TERM_GRACE + 2 * REAP_TIMEOUT):
             await self.ended.wait()
 
     async def restart(self) -> int:
