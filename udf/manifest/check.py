@@ -31,6 +31,7 @@ KINDS = ("fs",)
 KNOWN_KINDS = ("block", "usb")  # words of the design that this version does not serve yet
 SOURCES = ("none", "directory", "file", "device", "url", "any")
 OPEN_POLICIES = ("known", "lazy", "driver")
+STABILITIES = ("stable", "volatile")
 DURABILITIES = ("source", "store", "none")
 OPTION_TYPES = ("str", "int", "float", "bool", "size", "path")
 # Options that belong to the mount, whatever the driver: a manifest cannot declare them.
@@ -78,6 +79,8 @@ class Manifest:
     locks: bool = False
     open: str = "known"
     durability: str = "source"
+    nodes: str = "volatile"
+    inodes: str = "stable"
     deadline: float = 30.0
     requires: tuple[str, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -124,6 +127,11 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
             raise refuse(key, "is missing: every manifest of this kind needs it")
     if foreign:
         _check_command(values["command"], options if isinstance(options, dict) else {}, values, refuse)
+        if values.get("durability") == "store":
+            raise refuse("durability", 'is "store", which only a Python driver can have: a program has no state store')
+        values.setdefault("inodes", "volatile")  # libfuse counts its own, unless the program is told otherwise
+    if values.get("durability") == "store" and isinstance(options, dict) and "store" in options:
+        raise refuse("option.store", "has the name by which a driver with a state store is given it: choose another")
     return Manifest(
         name=name,
         path=path,
@@ -229,6 +237,8 @@ _KEYS: dict[str, _Check] = {
     "locks": _flag,
     "open": _word(*OPEN_POLICIES),
     "durability": _word(*DURABILITIES),
+    "nodes": _word(*STABILITIES),
+    "inodes": _word(*STABILITIES),
     "deadline": _deadline,
     "requires": _programs,
 }
