@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from udf.driver.fs import Attr as Attr
     from udf.driver.fs import FsDriver as FsDriver
     from udf.driver.fs import Space as Space
+    from udf.driver.journal import Journal as Journal
+    from udf.driver.store import Store as Store
     from udf.errors import ContractError as ContractError
     from udf.errors import DeviceGone as DeviceGone
     from udf.errors import UdfError as UdfError
@@ -24,6 +26,8 @@ _HOMES = {
     "Attr": "udf.driver.fs",
     "FsDriver": "udf.driver.fs",
     "Space": "udf.driver.fs",
+    "Journal": "udf.driver.journal",
+    "Store": "udf.driver.store",
     "ContractError": "udf.errors",
     "DeviceGone": "udf.errors",
     "UdfError": "udf.errors",
@@ -36,7 +40,9 @@ __all__ = [
     "ContractError",
     "DeviceGone",
     "FsDriver",
+    "Journal",
     "Space",
+    "Store",
     "UdfError",
     "UserError",
     "__version__",

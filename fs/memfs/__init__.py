@@ -7,7 +7,8 @@
 # exclusive = true
 # acl = true
 # open = "lazy"
-# durability = "none"
+# durability = "store"
+# nodes = "stable"
 #
 # [option.size]
 # type = "size"
@@ -36,9 +37,12 @@
 # ///
 """memfs: a POSIX-complete filesystem in memory.
 
-The files, from the kernel inwards: operations (every FUSE request), tree (names, link counts, limits), nodes (what an
-inode is), xattrs and acl, contents (the extents of one file), arena (pages of memory), space (what is left).
-Metadata (nodes) and contents (arena) meet only in `File.contents`, so that either can move to another store.
+The files, from the kernel inwards: operations (every FUSE request), change (of attributes), tree (names, link counts,
+limits), nodes (what an inode is), xattrs and acl, contents (the extents of one file), arena (pages of memory), space
+(what is left). Metadata (nodes) and contents (arena) meet only in `File.contents`.
+
+What outlives this process is in its state store (kept): the tree in a journal (records: its formats, snapshot: the
+whole tree for compaction, load: the way back), the pages of files in the arena. A request is answered when it is there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Pages of memory for file contents: one sparse mapping, handed out in runs of 4 KiB pages.
+"""Pages of memory for file contents: the store's arena, handed out in runs of 4 KiB pages.
 
 Owns which pages are in use and gives the memory of unused ones back to the system. Knows nothing of files; contents.py
 is its only user. A run is (first page, count). Pages come with arbitrary old bytes in them: whoever takes
-them overwrites or zeroes them.
+them overwrites or zeroes them. Which pages are in use is not kept: it follows from the files (`adopt`).
 
 Runs that are free are kept by start, by end (to merge neighbours) and in buckets by the power of two of their length
 (to find one that is long enough at once); pages from `_top` on were never used or are free again.
@@ -11,13 +11,15 @@ Runs that are free are kept by start, by end (to merge neighbours) and in bucket
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
 
+from udf import Store
+
+from .kept import PAGE_SHIFT, Kept
 from .space import Space
 
-PAGE_SHIFT = 12
 PAGE = 1 << PAGE_SHIFT
 
-_MAP_NORESERVE = 0x4000  # not in the module before Python 3.13
 _TRIM_AT_ONCE = 64  # a freed run of this many pages goes back to the system in its own call
 _TRIM_RUN = 16  # shorter free runs are not worth a system call even in a sweep
 _TRIM_STALE = 4096  # sweep when this many freed pages still hold memory (16 MiB)
@@ -26,16 +28,25 @@ _TRIM_STALE = 4096  # sweep when this many freed pages still hold memory (16 MiB
 class Arena:
     """A page allocator over one mapping; its limit is the `Space` it draws on."""
 
-    __slots__ = ("_buckets", "_by_end", "_by_start", "_mask", "_peak", "_stale", "_top", "memory", "space", "view")
+    __slots__ = (
+        "_buckets",
+        "_by_end",
+        "_by_start",
+        "_mask",
+        "_peak",
+        "_stale",
+        "_top",
+        "kept",
+        "memory",
+        "space",
+        "view",
+    )
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, kept: Kept | None = None) -> None:
+        """Start with all pages free; without *kept* they end with this process."""
         self.space = space
-        # Shared, so that MADV_REMOVE frees memory in the middle; not reserved, because most of it is never used.
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        try:
-            self.memory = mmap.mmap(-1, space.size, flags=flags)
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"size {space.size} is more than a process can address here") from error
+        self.kept = kept = kept or Kept(Store.temporary(), space)
+        self.memory = kept.memory
         self.view = memoryview(self.memory)
         self._by_start: dict[int, int] = {}  # first page -> count
         self._by_end: dict[int, int] = {}  # page after the last -> first page
@@ -45,9 +56,27 @@ class Arena:
         self._peak = 0  # pages from here on hold no memory
         self._stale = 0
 
+    def adopt(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Begin with these runs in use, all others free. ValueError when they overlap or are not within the arena."""
+        top = 0
+        for start, count in sorted(runs):
+            if start < top:
+                raise ValueError("two files have the same page")
+            if start > top:
+                self._insert(top, start - top)
+                self._stale += start - top  # what they hold is given back by the next sweep
+            top = start + count
+            self.space.left -= count << PAGE_SHIFT
+        if top << PAGE_SHIFT > self.space.size:
+            raise ValueError(f"the files there are need more than size {self.space.size}")
+        self._top = self._peak = top
+        end = self.space.size >> PAGE_SHIFT
+        if end > top:
+            self._trim(top, end - top)
+
     def allocate(self, count: int, hint: int) -> list[tuple[int, int]]:
         """Take runs of together *count* pages, or of fewer when space is out; at *hint* first where that is free."""
-        count = min(count, self.space.left >> PAGE_SHIFT)
+        count = max(0, min(count, self.space.left >> PAGE_SHIFT))
         self.space.left -= count << PAGE_SHIFT
         runs = []
         while count:

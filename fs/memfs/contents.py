@@ -1,8 +1,13 @@
 """What is in one file: its length, and where in the arena its pages are.
 
 Owns the extents of a file: (first page in the file, first page in the arena, count), sorted, never overlapping;
-what no extent covers is a hole and reads as zeros. Knows nothing of inodes, names or times.
+what no extent covers is a hole and reads as zeros. Knows nothing of inodes, names or permissions.
 Invariant: in an allocated page every byte at or beyond the file's length is zero, so growing a file needs no work.
+
+What a kill leaves: the length and the time of the last write are words of the table (the slot), so a write into pages
+that are there needs no record. A write sets the length before the bytes (a kill between leaves zeros, never
+old bytes, behind the old end), fills new pages before the record that makes them the file's, and sets the time last. A
+truncation goes on in a new slot: its record is one change of length and time. Pages are released after that record.
 """
 
 from __future__ import annotations
@@ -12,7 +17,9 @@ from bisect import bisect_right
 
 from pyfuse3 import FUSEError
 
-from .arena import PAGE, PAGE_SHIFT, Arena
+from . import records
+from .arena import PAGE, Arena
+from .kept import PAGE_SHIFT
 
 _LAST = 1 << 64  # sorts behind every arena page
 _NO_HINT = -1
@@ -25,13 +32,15 @@ Extent = tuple[int, int, int]
 class Contents:
     """The bytes of one regular file."""
 
-    __slots__ = ("_arena", "_extents", "pages", "size")
+    __slots__ = ("_arena", "_extents", "pages", "size", "slot")
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, slot: int | None = None) -> None:
+        """Make empty contents, in a new slot, or those of a slot that is filled."""
         self._arena = arena
         self._extents: list[Extent] = []
         self.pages = 0
-        self.size = 0
+        self.slot = arena.kept.take_slot(0, 0) if slot is None else slot
+        self.size = arena.kept.table[self.slot]
 
     @property
     def extents(self) -> tuple[Extent, ...]:
@@ -82,19 +91,35 @@ class Contents:
             start, place, count = extents[i]
             if end <= (start + count) << PAGE_SHIFT:
                 at = ((place - start) << PAGE_SHIFT) + offset
+                if end > self.size:
+                    self._grow(end)
                 self._arena.memory[at : at + end - offset] = data
-                self.size = max(self.size, end)
                 return end - offset
-        filled = self._fill(offset, end)
+        journal = self._arena.kept.journal
+        journal.require(((len(data) >> PAGE_SHIFT) + 2) * records.run.size + 64)
+        added: list[Extent] = []
+        filled = self._fill(offset, end, added)
         if filled < end:
             if filled <= offset:
                 raise FUSEError(errno.ENOSPC)
             end = filled
+        if end > self.size:
+            self._grow(end)
         self._copy_in(offset, end, data)
-        self.size = max(self.size, end)
+        if added:
+            runs = b"".join([records.run.pack(*extent) for extent in added])
+            journal.append(records.pages.pack(records.PAGES, self.slot, len(added)) + runs)
         return end - offset
 
-    def _fill(self, offset: int, end: int) -> int:
+    def _grow(self, size: int) -> None:
+        self._arena.kept.table[self.slot] = size
+        self.size = size
+
+    def stamp(self, now: int) -> None:
+        """Keep the time of a write."""
+        self._arena.kept.table[self.slot + 1] = now
+
+    def _fill(self, offset: int, end: int, added: list[Extent]) -> int:
         """Allocate what is missing of the pages of [offset, end); return the end of what is there now.
 
         Of the new pages, the bytes outside [offset, end) are zeroed; those inside are the caller's to overwrite.
@@ -124,6 +149,7 @@ class Contents:
                     at = (place + count) << PAGE_SHIFT
                     view[at - PAGE + end % PAGE : at] = _ZEROS[end % PAGE :]
                 i = self._insert(i, page, place, count)
+                added.append((page, place, count))
                 self.pages += count
                 page += count
             if page < stop:
@@ -156,8 +182,33 @@ class Contents:
             low = high
             i += 1
 
-    def truncate(self, size: int) -> None:
-        """Set the length; pages beyond it are freed, bytes between the old and the new length read as zeros."""
+    def truncate(self, size: int, stamp: int = 0) -> None:
+        """Set and commit the length and the time of the last write."""
+        slot, record = self.prepare(size, stamp)
+        try:
+            self._arena.kept.journal.append(record, frees=True)
+        except FUSEError:
+            self._arena.kept.give_slot(slot)
+            raise
+        self.cut(slot, size)
+
+    def prepare(self, size: int, stamp: int) -> tuple[int, bytes]:
+        """Return a slot with this length and time, and the record that makes it ours; `cut` is to follow."""
+        slot = self._arena.kept.take_slot(size, stamp)
+        return slot, records.move.pack(records.MOVE, self.slot, slot, size)
+
+    def cut(self, slot: int, size: int) -> None:
+        """Go on in the new slot: pages beyond the length are freed, bytes behind the old one read as zeros."""
+        self._arena.kept.give_slot(self.slot)
+        self.slot = slot
+        self._shorten(size)
+
+    def drop(self) -> None:
+        """Free all pages and the slot; the record that says so is committed."""
+        self._shorten(0)
+        self._arena.kept.give_slot(self.slot)
+
+    def _shorten(self, size: int) -> None:
         if size < self.size and self._extents:
             keep = (size + PAGE - 1) >> PAGE_SHIFT
             extents = self._extents
@@ -180,3 +231,42 @@ class Contents:
                     self._arena.view[at - PAGE + size % PAGE : at] = _ZEROS[size % PAGE :]
                 break
         self.size = size
+
+    # what records do to contents that are being loaded; the arena and the table learn of them later
+
+    def adopt_run(self, page: int, place: int, count: int) -> None:
+        """Take over a run of pages. It may be there already, when a snapshot was taken in the middle of a write."""
+        extents = self._extents
+        i = bisect_right(extents, (page, _LAST, 0)) - 1
+        if i >= 0 and page < extents[i][0] + extents[i][2]:
+            return
+        self._insert(i, page, place, count)
+        self.pages += count
+
+    def adopt_runs(self, extents: list[Extent]) -> None:
+        """Take over all runs of a snapshot."""
+        self._extents = extents
+        self.pages = sum(count for _, _, count in extents)
+
+    def adopt_move(self, slot: int, size: int) -> None:
+        """Take over a truncation."""
+        keep = (size + PAGE - 1) >> PAGE_SHIFT
+        extents = self._extents
+        while extents and extents[-1][0] + extents[-1][2] > keep:
+            start, place, count = extents.pop()
+            if start < keep:
+                extents.append((start, place, keep - start))
+                self.pages -= start + count - keep
+                break
+            self.pages -= count
+        self.slot = slot
+
+    def zero_tail(self) -> None:
+        """Do what `cut` does last: a kill may have come between."""
+        extents = self._extents
+        page = self.size >> PAGE_SHIFT
+        if self.size % PAGE and extents:
+            start, place, count = extents[-1]
+            if start <= page < start + count:
+                at = (place + page - start) << PAGE_SHIFT
+                self._arena.view[at + self.size % PAGE : at + PAGE] = _ZEROS[self.size % PAGE :]

@@ -100,6 +100,15 @@ class Directory(Node):
             self._offsets = [offset for offset, _ in pairs]
             self._names = [name for _, name in pairs]
 
+    def adopt_order(self) -> None:
+        """Bring the order of the names, as their offsets say it, up to date with `entries`."""
+        self._offsets = [offset for offset, _ in self.entries.values()]
+        self._names = list(self.entries)
+        if self._offsets != sorted(self._offsets):
+            pairs = sorted(zip(self._offsets, self._names, strict=True))
+            self._offsets = [offset for offset, _ in pairs]
+            self._names = [name for _, name in pairs]
+
     def after(self, offset: int) -> Iterator[tuple[int, bytes, Node]]:
         """Yield (offset, name, node) of the names behind *offset*; the directory must not change meanwhile."""
         offsets = self._offsets

@@ -3,8 +3,8 @@
 Owns lookup counts, times and attributes in replies. No handler awaits anything, so each one is atomic: no locks, and
 no half-done state for another request to see. Permissions are the kernel's (default_permissions is always on).
 A file handle is its inode number: the kernel holds a lookup count while a file is open, so there is nothing
-to keep per handle, and a file may be opened after it was unlinked. There is nothing to flush, so FLUSH stays the base
-class's ENOSYS, which saves a round trip for each close(2).
+to keep per handle, a file may be opened after it was unlinked, and a handle of a process before is still good. There is
+nothing to flush, so FLUSH stays the base class's ENOSYS, which saves a round trip for each close(2).
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from typing import cast
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from . import xattrs
+from udf import Store
+
+from . import records, snapshot, xattrs
 from .arena import PAGE, Arena
+from .change import Change
 from .contents import Contents
+from .kept import Kept
+from .load import load
 from .nodes import DOT, DOTDOT, Directory, File, Node, Symlink
 from .space import Space
 from .tree import NAME_MAX, Tree
@@ -60,17 +65,6 @@ def _attributes(node: Node) -> EntryAttributes:
     return entry
 
 
-def _accessed(node: Node) -> None:
-    """Set the access time by the rule of relatime: when it is older than the last change, or than a day."""
-    atime = node.atime
-    if atime <= node.mtime or atime <= node.ctime:
-        node.atime = time.time_ns()
-    else:
-        now = time.time_ns()
-        if now - atime > _DAY:
-            node.atime = now
-
-
 class Memfs(pyfuse3.Operations):
     """A filesystem in memory, *size* bytes and *inodes* inodes large; both limits are exact."""
 
@@ -79,8 +73,15 @@ class Memfs(pyfuse3.Operations):
     supports_dot_lookup = True
 
     def __init__(
-        self, size: int = 1 << 30, inodes: int = 1 << 20, mode: str = "755", uid: int = -1, gid: int = -1
+        self,
+        size: int = 1 << 30,
+        inodes: int = 1 << 20,
+        mode: str = "755",
+        uid: int = -1,
+        gid: int = -1,
+        store: Store | None = None,
     ) -> None:
+        """Go on with what is in the store, or begin; without a store all ends with this process."""
         super().__init__()
         if size < PAGE:
             raise ValueError(f"size must be at least {PAGE} bytes, not {size}")
@@ -89,13 +90,15 @@ class Memfs(pyfuse3.Operations):
         if not re.fullmatch("[0-7]{1,5}", mode):
             raise ValueError(f"mode must be octal, such as 1777, not {mode!r}")
         self._space = Space(size, inodes)
-        self._arena = Arena(self._space)
-        self._tree = Tree(
-            self._space,
-            int(mode, 8) & 0o7777,
-            os.getuid() if uid < 0 else uid,
-            os.getgid() if gid < 0 else gid,
-        )
+        kept = Kept(store or Store.temporary(), self._space)
+        self._journal = kept.journal
+        self._arena = Arena(self._space, kept)
+        self._tree = Tree(self._space, kept)
+        if not load(self._tree, self._arena):
+            self._tree.make_root(
+                int(mode, 8) & 0o7777, os.getuid() if uid < 0 else uid, os.getgid() if gid < 0 else gid
+            )
+        self._journal.compact_with(lambda: snapshot.take(self._tree))
         self._nodes = self._tree.nodes
         self._listings: dict[int, tuple[Directory, int]] = {}  # open directories: where the listing ends
         self._last_listing = 0
@@ -155,7 +158,7 @@ class Memfs(pyfuse3.Operations):
             if flags & os.O_EXCL or not isinstance(node, File):
                 raise FUSEError(errno.EEXIST)
             if flags & os.O_TRUNC:
-                self._truncate(node, 0)
+                self._truncate(node)
         node.lookups += 1
         return FileInfo(fh=node.ino), _attributes(node)
 
@@ -207,7 +210,7 @@ class Memfs(pyfuse3.Operations):
         node = self._node(inode)
         if not isinstance(node, Symlink):
             raise FUSEError(errno.EINVAL)
-        _accessed(node)
+        self._accessed(node)
         return node.target
 
     # attributes
@@ -219,43 +222,45 @@ class Memfs(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         node = self._node(inode)
+        change = Change(node)
         if fields.update_size:
-            self._truncate(self._file(inode), attr.st_size)
+            self._file(inode)
+            change.truncate(attr.st_size)
         if fields.update_uid:
-            node.uid = attr.st_uid
+            change.uid = attr.st_uid
         if fields.update_gid:
-            node.gid = attr.st_gid
+            change.gid = attr.st_gid
         others = fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
         if fields.update_uid or fields.update_gid or not others:
-            self._drop_privileges(node)  # setting nothing at all is what the kernel makes of chown(-1, -1)
+            change.drop_privileges()  # setting nothing at all is what the kernel makes of chown(-1, -1)
         if fields.update_mode:
-            xattrs.chmod(node, attr.st_mode)
+            change.chmod(attr.st_mode)
         if fields.update_atime:
-            node.atime = attr.st_atime_ns
+            change.atime = attr.st_atime_ns
         if fields.update_mtime:
-            node.mtime = attr.st_mtime_ns
-        node.ctime = attr.st_ctime_ns if fields.update_ctime else time.time_ns()
+            change.mtime = attr.st_mtime_ns
+        # The kernel sets a ctime only when it caches writes, which is not negotiated.
+        change.commit(self._arena)
         return _attributes(node)
 
-    def _drop_privileges(self, node: Node) -> None:
-        """Take suid, sgid and capabilities away, as each chown does, root's too.
+    def _truncate(self, node: File) -> None:
+        change = Change(node)
+        change.truncate(0)
+        change.commit(self._arena)
 
-        With HANDLE_KILLPRIV the kernel leaves it to the filesystem.
-        """
-        if not node.is_directory:
-            node.mode &= ~(stat.S_ISUID | (stat.S_ISGID if node.mode & stat.S_IXGRP else 0))
-            xattrs.drop_capability(self._space, node)
-
-    def _truncate(self, node: File, size: int) -> None:
-        contents = node.contents
-        if contents is None:
-            if size:
-                node.contents = contents = Contents(self._arena)
-                contents.size = size
-        else:
-            contents.truncate(size)
-        xattrs.drop_capability(self._space, node)
-        node.mtime = node.ctime = time.time_ns()
+    def _accessed(self, node: Node) -> None:
+        """Set the access time by the rule of relatime: when it is older than the last change, or than a day."""
+        atime = node.atime
+        now = time.time_ns()
+        if atime <= node.mtime or atime <= node.ctime or now - atime > _DAY:
+            change = records.attributes.pack(
+                records.ATTRIBUTES, node.mode, node.uid, node.gid, node.ino, now, node.mtime, node.ctime
+            )
+            try:
+                self._journal.append(change)
+            except FUSEError:
+                return  # what is full can still be read
+            node.atime = now
 
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         space = self._space
@@ -269,7 +274,7 @@ class Memfs(pyfuse3.Operations):
         return result
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        xattrs.put(self._space, self._node(inode), name, value)
+        xattrs.put(self._journal, self._space, self._node(inode), name, value)
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         return xattrs.get(self._node(inode), name)
@@ -278,14 +283,14 @@ class Memfs(pyfuse3.Operations):
         return xattrs.names(self._node(inode), ctx.uid == 0)
 
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        xattrs.remove(self._space, self._node(inode), name)
+        xattrs.remove(self._journal, self._space, self._node(inode), name)
 
     # open files
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._file(inode)
         if flags & os.O_TRUNC:
-            self._truncate(node, 0)
+            self._truncate(node)
         return FileInfo(fh=inode)
 
     async def release(self, fh: int) -> None:
@@ -298,7 +303,7 @@ class Memfs(pyfuse3.Operations):
         node = self._nodes.get(fh)
         if node.__class__ is not File:
             node = self._file(fh)
-        _accessed(node)
+        self._accessed(node)
         contents = node.contents
         if contents is None:
             return b""
@@ -306,15 +311,29 @@ class Memfs(pyfuse3.Operations):
         return cast(bytes, contents.read(off, size))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        node = self._file(fh)
+        node = self._nodes.get(fh)
+        if node.__class__ is not File:
+            node = self._file(fh)
         contents = node.contents
         if contents is None:
-            node.contents = contents = Contents(self._arena)
+            contents = self._begin(node)
         written = contents.write(off, buf)
         if node.xattrs is not None:
-            xattrs.drop_capability(self._space, node)
-        node.mtime = node.ctime = time.time_ns()
+            xattrs.drop_capability(self._journal, self._space, node)
+        node.mtime = node.ctime = now = time.time_ns()
+        contents.stamp(now)
         return written
+
+    def _begin(self, node: File) -> Contents:
+        """Give contents to a file that has none yet."""
+        contents = Contents(self._arena)
+        try:
+            self._journal.append(records.hold.pack(records.HOLD, node.ino, contents.slot))
+        except FUSEError:
+            contents.drop()
+            raise
+        node.contents = contents
+        return contents
 
     # open directories
 
@@ -339,7 +358,7 @@ class Memfs(pyfuse3.Operations):
             # Names added from here on are not listed: a program that renames what it lists would never end.
             end = directory.next_offset
             self._listings[fh] = (directory, end)
-        _accessed(directory)
+        self._accessed(directory)
         reply = pyfuse3.readdir_reply
         # The kernel counts no lookup for "." and "..".
         if start_id < DOT and not reply(token, b".", _attributes(directory), DOT):

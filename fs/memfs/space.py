@@ -28,11 +28,18 @@ class Space:
             raise FUSEError(errno.ENOSPC)
         self.left -= count
 
-    def take_inode(self) -> None:
-        """Take one inode, or raise ENOSPC. A further hard link takes one too, as on tmpfs: names cost memory."""
-        if self.inodes_left <= 0:
+    def require_inode(self, count: int = 0) -> None:
+        """Raise ENOSPC unless there are one inode and *count* bytes; they are taken once the change is committed.
+
+        A further hard link takes an inode too, as on tmpfs: names cost memory.
+        """
+        if self.inodes_left <= 0 or count > self.left:
             raise FUSEError(errno.ENOSPC)
+
+    def take_inode(self, count: int = 0) -> None:
+        """Take one inode and *count* bytes that `require_inode` has found."""
         self.inodes_left -= 1
+        self.left -= count
 
     def give_inode(self) -> None:
         """Give one inode back."""

@@ -3,6 +3,13 @@
 Owns the table of nodes and the rules of POSIX for names. Knows nothing of the kernel but its lookup counts, and of
 contents only that they end with their node. A method either does all of its work or raises
 FUSEError before it changed anything. Called by operations.py, always to the end without an await in between.
+
+Each change is first checked, then committed to the journal as one record, then made in memory: that order is what
+makes a kill at any moment harmless, and what the compaction of the journal relies on.
+
+Lookup counts are not kept. What was alive when the process before died may still be open: a node without a name begins
+with one inherited lookup, and one that loses its last name before it was looked up here is given one. The FORGET
+that ends it counts the lookups of all processes, so it is greater than the count of this one.
 """
 
 from __future__ import annotations
@@ -16,7 +23,8 @@ from typing import Protocol, TypeVar
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from . import acl
+from . import acl, records
+from .kept import Kept
 from .nodes import Directory, File, Node, Symlink
 from .space import Space
 
@@ -43,16 +51,46 @@ class Caller(Protocol):
 class Tree:
     """All nodes of one filesystem."""
 
-    def __init__(self, space: Space, mode: int, uid: int, gid: int) -> None:
+    def __init__(self, space: Space, kept: Kept) -> None:
+        """Begin without any node: `make_root` or `adopt` is to follow."""
         self.space = space
         self.nodes: dict[int, Node] = {}
-        self._last_ino = pyfuse3.ROOT_INODE
+        self.last_ino = 0
+        self._append = kept.journal.append
         self._freeze_at = _FREEZE
-        space.take_inode()
-        self.root = Directory(pyfuse3.ROOT_INODE, stat.S_IFDIR | mode, uid, gid, time.time_ns())
-        self.root.nlink = 2
-        self.root.lookups = 1  # the kernel has it from the start and never forgets it
-        self.nodes[pyfuse3.ROOT_INODE] = self.root
+        self._inherited = 0  # nodes up to this one are older than this process
+        self.root: Directory
+
+    def make_root(self, mode: int, uid: int, gid: int) -> None:
+        """Make the root of a new filesystem."""
+        root = Directory(pyfuse3.ROOT_INODE, stat.S_IFDIR | mode, uid, gid, time.time_ns())
+        self._append(records.create.pack(records.CREATE, root.mode, uid, gid, 0, root.ino, root.ino, 0, root.ctime))
+        root.nlink = 2
+        self.adopt({root.ino: root}, root.ino)
+        self._inherited = 0
+
+    def adopt(self, nodes: dict[int, Node], last_ino: int) -> None:
+        """Begin with these nodes, which are those of a process before."""
+        root = nodes.get(pyfuse3.ROOT_INODE)
+        assert isinstance(root, Directory)
+        self.nodes = nodes
+        self.last_ino = self._inherited = last_ino
+        for node in nodes.values():
+            if not node.nlink:
+                node.lookups = 1
+            self.space.take_inode()
+            if node.nlink > 1 and node.__class__ is not Directory:
+                self.space.inodes_left -= node.nlink - 1
+            if node.__class__ is Symlink or node.xattrs:
+                self.space.left -= self._bytes(node)
+        self.root = root
+        root.lookups = 1  # the kernel has it from the start and never forgets it
+
+    @staticmethod
+    def _bytes(node: Node) -> int:
+        """Return what a node takes of the space beside the pages of its contents."""
+        count = len(node.target) if isinstance(node, Symlink) else 0
+        return count + (sum(len(key) + len(value) for key, value in node.xattrs.items()) if node.xattrs else 0)
 
     def child(self, parent: Directory, name: bytes) -> Node:
         """Return the node that *name* means in *parent*, or raise ENOENT."""
@@ -65,15 +103,13 @@ class Tree:
 
     def create(self, parent: Directory, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
         """Make a file, fifo, socket or device (by the type in *mode*)."""
-        node = self._new(File if stat.S_ISREG(mode) else Node, parent, name, mode, caller)
-        node.rdev = rdev
-        return node
+        return self._new(File if stat.S_ISREG(mode) else Node, parent, name, mode, rdev, caller)
 
     def mkdir(self, parent: Directory, name: bytes, mode: int, caller: Caller) -> Directory:
         """Make a directory; in a setgid directory it becomes one too, and default lists are handed down."""
         if parent.mode & stat.S_ISGID:
             mode |= stat.S_ISGID
-        node = self._new(Directory, parent, name, stat.S_IFDIR | (mode & 0o7777), caller)
+        node = self._new(Directory, parent, name, stat.S_IFDIR | (mode & 0o7777), 0, caller)
         node.parent = parent
         node.nlink = 2
         parent.nlink += 1
@@ -86,12 +122,11 @@ class Tree:
         if not target:
             raise FUSEError(errno.ENOENT)
         self._check_new(parent, name)
-        self._take(len(target))
         gid = parent.gid if parent.mode & stat.S_ISGID else caller.gid
-        now = time.time_ns()
-        return self._enter(parent, name, Symlink(self._last_ino + 1, target, caller.uid, gid, now), now)
+        node = Symlink(self.last_ino + 1, target, caller.uid, gid, time.time_ns())
+        return self._enter(parent, name, node, len(target), target)
 
-    def _new(self, cls: type[NodeT], parent: Directory, name: bytes, mode: int, caller: Caller) -> NodeT:
+    def _new(self, cls: type[NodeT], parent: Directory, name: bytes, mode: int, rdev: int, caller: Caller) -> NodeT:
         self._check_new(parent, name)
         gid = parent.gid if parent.mode & stat.S_ISGID else caller.gid
         xattrs: dict[bytes, bytes] | None = None
@@ -103,11 +138,12 @@ class Tree:
             xattrs = {} if access is None else {acl.ACCESS: access}
             if cls is Directory:
                 xattrs[acl.DEFAULT] = default
-        self._take(sum(len(key) + len(value) for key, value in xattrs.items()) if xattrs else 0)
-        now = time.time_ns()
-        node = cls(self._last_ino + 1, mode, caller.uid, gid, now)
-        node.xattrs = xattrs or None
-        return self._enter(parent, name, node, now)
+        node = cls(self.last_ino + 1, mode, caller.uid, gid, time.time_ns())
+        node.rdev = rdev
+        if xattrs:
+            node.xattrs = xattrs
+            return self._enter(parent, name, node, self._bytes(node), records.pack_xattrs(xattrs))
+        return self._enter(parent, name, node, 0, b"")
 
     def _check_new(self, parent: Directory, name: bytes) -> None:
         if len(name) > NAME_MAX:
@@ -117,17 +153,25 @@ class Tree:
         if not parent.nlink:
             raise FUSEError(errno.ENOENT)  # the directory is removed and only held open
 
-    def _take(self, count: int) -> None:
-        self.space.take_inode()
-        try:
-            self.space.take(count)
-        except FUSEError:
-            self.space.give_inode()
-            raise
-
-    def _enter(self, parent: Directory, name: bytes, node: NodeT, now: int) -> NodeT:
-        self._last_ino = node.ino  # never used again, not even after the node is gone
-        self.nodes[node.ino] = node
+    def _enter(self, parent: Directory, name: bytes, node: NodeT, size: int, more: bytes) -> NodeT:
+        """Commit and enter a new node, which takes *size* bytes; *more* is what its record has behind the name."""
+        self.space.require_inode(size)
+        ino = node.ino
+        now = node.ctime
+        if more:
+            head = records.create_more.pack(
+                records.CREATE_MORE, node.mode, node.uid, node.gid, node.rdev, ino, parent.ino, parent.next_offset, now,
+                len(name),
+            )  # fmt: skip
+            self._append(head + name + more)
+        else:
+            head = records.create.pack(
+                records.CREATE, node.mode, node.uid, node.gid, node.rdev, ino, parent.ino, parent.next_offset, now
+            )
+            self._append(head + name)
+        self.space.take_inode(size)
+        self.last_ino = ino  # never used again, not even after the node is gone
+        self.nodes[ino] = node
         node.nlink = 1
         parent.add(name, node)
         parent.mtime = parent.ctime = now
@@ -147,19 +191,20 @@ class Tree:
             raise FUSEError(errno.EPERM)
         if not node.nlink:
             raise FUSEError(errno.ENOENT)
+        self.space.require_inode()
+        now = time.time_ns()
+        self._append(records.link.pack(records.LINK, node.ino, parent.ino, parent.next_offset, now) + name)
         self.space.take_inode()
         node.nlink += 1
         parent.add(name, node)
-        node.ctime = parent.mtime = parent.ctime = time.time_ns()
+        node.ctime = parent.mtime = parent.ctime = now
 
     def unlink(self, parent: Directory, name: bytes) -> None:
         """Remove a name of a node that is no directory."""
         node = self.child(parent, name)
         if node.is_directory:
             raise FUSEError(errno.EISDIR)
-        parent.remove(name)
-        node.ctime = parent.mtime = parent.ctime = time.time_ns()
-        self._unlinked(node)
+        self._remove(parent, name, node, 0)
 
     def rmdir(self, parent: Directory, name: bytes) -> None:
         """Remove an empty directory."""
@@ -168,10 +213,18 @@ class Tree:
             raise FUSEError(errno.ENOTDIR)
         if node.entries:
             raise FUSEError(errno.ENOTEMPTY)
-        parent.remove(name)
+        self._remove(parent, name, node, records.IS_DIRECTORY)
         parent.nlink -= 1
-        node.ctime = parent.mtime = parent.ctime = time.time_ns()
-        self._unlinked(node)
+
+    def _remove(self, parent: Directory, name: bytes, node: Node, flags: int) -> None:
+        now = time.time_ns()
+        is_gone = self._goes(node)
+        if is_gone:
+            flags |= records.IS_GONE
+        self._append(records.unlink.pack(records.UNLINK, flags, parent.ino, node.ino, now) + name, frees=True)
+        parent.remove(name)
+        node.ctime = parent.mtime = parent.ctime = now
+        self._unlinked(node, is_gone)
 
     def rename(self, parent: Directory, name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> None:
         """Move a name, replacing what is there, unless NOREPLACE, or exchanging with it, if EXCHANGE."""
@@ -192,22 +245,38 @@ class Tree:
         if old is node:
             return  # two names of one file, or one name twice: POSIX wants nothing done
         self._refuse_loop(node, new_parent)
+        marks = records.IS_DIRECTORY if node.is_directory else 0
+        is_gone = False
+        if old is not None:
+            if old.is_directory:
+                marks |= records.OLD_IS_DIRECTORY
+            if flags & _EXCHANGE:
+                self._refuse_loop(old, parent)
+                marks |= records.EXCHANGE
+            else:
+                self._refuse_replacing(old, node)
+                is_gone = self._goes(old)
+                if is_gone:
+                    marks |= records.IS_GONE
         now = time.time_ns()
+        head = records.rename.pack(
+            records.RENAME, marks, len(name), parent.ino, new_parent.ino, node.ino, 0 if old is None else old.ino,
+            new_parent.next_offset, now,
+        )  # fmt: skip
+        self._append(head + name + new_name, frees=old is not None)
         if flags & _EXCHANGE:
             assert old is not None
-            self._refuse_loop(old, parent)
             parent.exchange(name, old)
             new_parent.exchange(new_name, node)
             self._moved(old, new_parent, parent)
             old.ctime = now
         elif old is not None:
-            self._refuse_replacing(old, node)
             parent.remove(name)
             new_parent.exchange(new_name, node)
             if isinstance(old, Directory):
                 new_parent.nlink -= 1
             old.ctime = now
-            self._unlinked(old)
+            self._unlinked(old, is_gone)
         else:
             parent.remove(name)
             new_parent.add(new_name, node)
@@ -243,12 +312,18 @@ class Tree:
 
     # the end of nodes
 
-    def _unlinked(self, node: Node) -> None:
+    def _goes(self, node: Node) -> bool:
+        """Whether the node ends when one of its names goes; one that may be open since an older process does not."""
+        return not node.lookups and node.ino > self._inherited and (node.nlink == 1 or node.is_directory)
+
+    def _unlinked(self, node: Node, is_gone: bool) -> None:
         node.nlink = 0 if node.is_directory else node.nlink - 1
         if node.nlink:
             self.space.give_inode()  # the one that the link took
-        elif not node.lookups:
+        elif is_gone:
             self._free(node)
+        elif not node.lookups:
+            node.lookups = 1  # inherited
 
     def forget(self, ino: int, count: int) -> None:
         """Take *count* from a node's lookup count; at none, and without a name, the node ends."""
@@ -257,15 +332,16 @@ class Tree:
             return
         node.lookups = max(0, node.lookups - count)
         if not node.lookups and not node.nlink:
+            try:
+                self._append(records.gone.pack(records.GONE, ino), frees=True)
+            except FUSEError:
+                return  # a FORGET has no answer; the next process finds the node without a name and is told again
             self._free(node)
 
     def _free(self, node: Node) -> None:
         del self.nodes[node.ino]
         self.space.give_inode()
-        if isinstance(node, File):
-            if node.contents is not None:
-                node.contents.truncate(0)
-        elif isinstance(node, Symlink):
-            self.space.take(-len(node.target))
-        if node.xattrs:
-            self.space.take(-sum(len(key) + len(value) for key, value in node.xattrs.items()))
+        if isinstance(node, File) and node.contents is not None:
+            node.contents.drop()
+        if node.xattrs or isinstance(node, Symlink):
+            self.space.take(-self._bytes(node))

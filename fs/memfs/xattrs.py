@@ -12,7 +12,9 @@ import time
 
 from pyfuse3 import ENOATTR, FUSEError
 
-from . import acl
+from udf import Journal
+
+from . import acl, records
 from .nodes import Node
 from .space import Space
 
@@ -40,7 +42,7 @@ def names(node: Node, privileged: bool) -> list[bytes]:
     return [name for name in node.xattrs if privileged or not name.startswith(b"trusted.")]
 
 
-def put(space: Space, node: Node, name: bytes, value: bytes) -> None:
+def put(journal: Journal, space: Space, node: Node, name: bytes, value: bytes) -> None:
     """Set a value. An access list changes the mode, and is not kept when the mode says all of it."""
     _check_name(name)
     if len(value) > VALUE_MAX:
@@ -59,33 +61,35 @@ def put(space: Space, node: Node, name: bytes, value: bytes) -> None:
             raise FUSEError(errno.EOPNOTSUPP)
         if name == acl.DEFAULT and not node.is_directory:
             raise FUSEError(errno.EACCES)
-    _store(space, node, name, kept)
-    node.mode = mode
-    node.ctime = time.time_ns()
+    _commit(journal, space, node, name, kept, mode)
 
 
-def remove(space: Space, node: Node, name: bytes) -> None:
+def remove(journal: Journal, space: Space, node: Node, name: bytes) -> None:
     """Remove a value, or raise ENODATA; a list that is not there may be removed, as on other filesystems."""
     _check_name(name)
     if node.xattrs is None or name not in node.xattrs:
         if name in _ACLS:
             return
         raise FUSEError(ENOATTR)
-    _store(space, node, name, None)
-    node.ctime = time.time_ns()
+    _commit(journal, space, node, name, None, node.mode)
 
 
-def chmod(node: Node, mode: int) -> None:
-    """Set the permission bits of a node, and those of its access list where it has one."""
-    node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(mode)
-    if node.xattrs is not None and acl.ACCESS in node.xattrs:
-        node.xattrs[acl.ACCESS] = acl.chmod(node.xattrs[acl.ACCESS], mode)  # as long as before
-
-
-def drop_capability(space: Space, node: Node) -> None:
-    """Forget the file's capabilities, as every change of its contents or owner must."""
+def drop_capability(journal: Journal, space: Space, node: Node) -> None:
+    """Forget the file's capabilities, as every change of its contents must."""
     if node.xattrs is not None and CAPABILITY in node.xattrs:
-        _store(space, node, CAPABILITY, None)
+        _commit(journal, space, node, CAPABILITY, None, node.mode)
+
+
+def changed_list(node: Node, mode: int) -> bytes | None:
+    """Return the access list that a chmod gives to a node that has one; it is as long as the one before."""
+    value = node.xattrs.get(acl.ACCESS) if node.xattrs is not None else None
+    return None if value is None else acl.chmod(value, mode)
+
+
+def record(node: Node, name: bytes, value: bytes | None, mode: int, now: int) -> bytes:
+    """Return the record that sets a value, or removes it, with the mode that goes with it."""
+    head = records.xattr.pack(records.XATTR, value is not None, len(name), mode, node.ino, now)
+    return head + name + (value or b"")
 
 
 def _check_name(name: bytes) -> None:
@@ -99,8 +103,28 @@ def _check_name(name: bytes) -> None:
         raise FUSEError(errno.ERANGE)
 
 
-def _store(space: Space, node: Node, name: bytes, value: bytes | None) -> None:
-    """Put or drop one value with its account; raises before it changes anything."""
+def _commit(journal: Journal, space: Space, node: Node, name: bytes, value: bytes | None, mode: int) -> None:
+    """Put or drop one value and set the mode; raises before it changes anything."""
+    if value is not None:
+        _require(space, node, name, value)
+    now = time.time_ns()
+    journal.append(record(node, name, value, mode, now), frees=value is None)
+    apply(space, node, name, value)
+    node.mode = mode
+    node.ctime = now
+
+
+def _require(space: Space, node: Node, name: bytes, value: bytes) -> None:
+    xattrs = node.xattrs or {}
+    old = xattrs.get(name)
+    if old is None and sum(len(key) + 1 for key in xattrs) + len(name) + 1 > LIST_MAX:
+        raise FUSEError(errno.ENOSPC)
+    if len(name) + len(value) - (0 if old is None else len(name) + len(old)) > space.left:
+        raise FUSEError(errno.ENOSPC)
+
+
+def apply(space: Space, node: Node, name: bytes, value: bytes | None) -> None:
+    """Put or drop one value with its account, as a committed record says."""
     xattrs = node.xattrs if node.xattrs is not None else {}
     old = xattrs.get(name)
     before = 0 if old is None else len(name) + len(old)
@@ -108,8 +132,6 @@ def _store(space: Space, node: Node, name: bytes, value: bytes | None) -> None:
         space.take(-before)
         xattrs.pop(name, None)
     else:
-        if old is None and sum(len(key) + 1 for key in xattrs) + len(name) + 1 > LIST_MAX:
-            raise FUSEError(errno.ENOSPC)
         space.take(len(name) + len(value) - before)
         xattrs[name] = value
     node.xattrs = xattrs or None

@@ -10,10 +10,11 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from udf.driver.store import Store
 from udf.errors import UserError
 
 OptionValue = bool | int | float | str
@@ -30,10 +31,18 @@ def load_class(path: str, class_name: str) -> type:
     return cls
 
 
-def instantiate(cls: type, path: str, source: str | None, options: Mapping[str, OptionValue]) -> Any:
-    """Make the driver: cls(source, **options), without the source where there is none."""
+def instantiate(
+    cls: type, path: str, source: str | None, options: Mapping[str, OptionValue], store_fds: Sequence[int] = ()
+) -> Any:
+    """Make the driver: cls(source, **options), without the source where there is none.
+
+    With descriptors of a state store it is called with the keyword `store` too, and they are the store's from here on.
+    """
     try:
-        return cls(**options) if source is None else cls(source, **options)
+        keywords: dict[str, Any] = dict(options)
+        if store_fds:
+            keywords["store"] = Store(store_fds)
+        return cls(**keywords) if source is None else cls(source, **keywords)
     except BaseException as exc:
         raise _failure(path, "could not be started", exc) from exc
 
