@@ -103,7 +103,10 @@ class Mount:
             self.trace.close()
             self.ended.set()
         if problem is not None:
-            raise problem
+            try:
+                raise problem
+            finally:
+                del problem  # its traceback holds this frame: a circle that would keep the mount in memory
 
     async def _start(self, nursery: trio.Nursery) -> StartFailedError | None:
         plan, shim = self.plan, self._shim
