@@ -15,6 +15,7 @@ import trio
 from udf import messages
 from udf.supervisor import procfs, restart, spawn
 from udf.supervisor.bell import Bell
+from udf.supervisor.child import Child
 from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import MountPlan
@@ -59,7 +60,7 @@ class Generation:
         if self.process.child is not None:
             nursery.start_soon(self._note_end, self.process.child)
 
-    async def _note_end(self, child: spawn.Child) -> None:
+    async def _note_end(self, child: Child) -> None:
         # What is left of its output is read later; the pause does not wait for that.
         await child.ended.wait()
         self._ended_at = trio.current_time()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import trio
 
 from udf import messages
+from udf.driver.memory import create_memfds
 from udf.errors import UserError
 from udf.supervisor import crashes, spawn
 from udf.supervisor.bell import Bell
@@ -32,7 +33,6 @@ from udf.supervisor.plan import MountPlan
 from udf.supervisor.restart import Death, Decision, History, Kind
 from udf.supervisor.shim import Shim
 from udf.supervisor.spares import Spares
-from udf.supervisor.store import create_memfds
 
 HOST_SILENCE = 10  # heartbeats; counted in our own ticks, so that our own sleep is never taken for a driver's
 LINK_GRACE = 2.0  # between the end of a process and the end of its link, whichever is seen first
