@@ -54,7 +54,7 @@ class Mount(Message, tag="mount"):
     recover: bool = False  # the driver's death is not the end: requests are parked until `attach` or `fail`
     hide: bool = True  # a file that is removed while open is kept under a hidden name
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
-    stable_inodes: bool = True  # its inode numbers do, so that a file which is found again can be told from another
+    inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
 
 

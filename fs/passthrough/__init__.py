@@ -11,6 +11,7 @@
 # acl = true
 # open = "known"
 # durability = "source"
+# inodes = "generation"
 #
 # [option.timeout]
 # type = "float"

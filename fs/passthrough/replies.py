@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError, ReaddirToken, StatvfsData
@@ -27,10 +26,13 @@ def refusal(e: OSError) -> FUSEError:
 
 
 def entry_of(node: Node, st: os.stat_result, timeout: float) -> EntryAttributes:
-    """What is said of a name. The generation tells a file from a later one with the same inode number, in each run."""
+    """What is said of a name. By the generation, made of its handle, a file is known again in each run of the driver.
+
+    Its number is not enough: it may be given to another file, and a second bearer gets another node id in this run.
+    """
     entry = attributes(node.id, st, timeout)
     if node.handle is not None:
-        entry.generation = zlib.crc32(node.handle)
+        entry.generation = calls.number_of(node.handle)
     return entry
 
 

@@ -156,7 +156,7 @@ def test_open_files_go_on_reading_and_writing():
 
 
 def test_programs_keep_the_inode_numbers_that_they_saw():
-    with recovering(stable_inodes=False) as mount:
+    with recovering(inodes="volatile") as mount:
         fd = mount.do("open", "d/inner", os.O_RDONLY)
         before = mount.usual.do("fstat", fd)["st_ino"]
         mount.lose_driver()

@@ -118,9 +118,7 @@ def _load_class(start: messages.Start) -> type:
 
 def _load(start: messages.Start, cls: type, store_fds: list[int]) -> pyfuse3.Operations:
     path = start.driver.path
-    for fd in store_fds:
-        os.close(fd)
-    driver: Any = instantiate(cls, path, start.source, start.options)
+    driver: Any = instantiate(cls, path, start.source, start.options, store_fds)
     if isinstance(driver, FsDriver):
         missing = [verb for verb in REQUIRED_VERBS if verb not in verbs_of(driver)]
         if missing:

@@ -127,7 +127,6 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
         if key not in values:
             raise refuse(key, "is missing: every manifest of this kind needs it")
     if foreign:
-        values.setdefault("inodes", "volatile")  # programs that number their files as they meet them are common
         _check_command(values["command"], options if isinstance(options, dict) else {}, values, refuse)
         if values.get("durability") == "store":
             raise refuse("durability", 'is "store", which only a Python driver can have: a program has no state store')
@@ -240,7 +239,7 @@ _KEYS: dict[str, _Check] = {
     "open": _word(*OPEN_POLICIES),
     "durability": _word(*DURABILITIES),
     "nodes": _word(*STABILITIES),
-    "inodes": _word(*STABILITIES),
+    "inodes": _word(*STABILITIES, "generation"),
     "deadline": _deadline,
     "requires": _programs,
 }

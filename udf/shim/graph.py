@@ -52,13 +52,13 @@ class Unresolved(Exception):
 class Graph:
     """All nodes of one mount. Slots are internal; ids are what the kernel sees."""
 
-    def __init__(self, *, stable_nodes: bool = False, stable_inodes: bool = True) -> None:
+    def __init__(self, *, stable_nodes: bool = False, inodes: str = "stable") -> None:
         n = CAPACITY
         memory = Columns(
             "udf-nodes", n * (8 * 4 + 4 * 10 + ATTR_SIZE) + n * (4 * 6 + 8) + n * 16 + NAMES_SIZE + (1 << 20)
         )
         self._stable_nodes = stable_nodes
-        self._stable_inodes = stable_inodes
+        self._inodes = inodes
         column = memory.integers
         self.driver_id = column("Q", n)
         self.lookups = column("Q", n)  # the kernel's count
@@ -91,7 +91,7 @@ class Graph:
         self.generation = 1
         self.forgets: list[tuple[int, int]] = []
         self.nameless: deque[tuple[int, int]] = deque(maxlen=4096)  # the last forgets of nodes without a name
-        self._linked: dict[int, int] = {}  # inode number -> slot of files with several links
+        self._linked: dict[int, int] = {}  # files with several links: what they are known by -> slot
         self.negatives: dict[tuple[int, bytes], float] = {}  # by node id: a slot's next node must not inherit them
         root = self._slots.take()
         assert root == ROOT
@@ -203,6 +203,10 @@ class Graph:
         """Return st_ino as programs first saw it (0: never)."""
         number: int = _INO.unpack_from(self.attrs, slot * ATTR_SIZE)[0]
         return number
+
+    def _key(self, generation: int, number: int) -> int:
+        """By what a file with several names is found again."""
+        return generation if self._inodes == "generation" and generation else number
 
     # ---- names
 
@@ -327,9 +331,9 @@ class Graph:
                 if self._stable_nodes and not parents:
                     self.nameless.append(due)
             if self._linked:
-                number = self.inode_number(slot)
-                if self._linked.get(number) == slot:
-                    del self._linked[number]
+                key = self._key(self.inode_generation[slot], self.inode_number(slot))
+                if self._linked.get(key) == slot:
+                    del self._linked[key]
             self.flags[slot] = 0
             self.driver_lookups[slot] = 0
             self.version[slot] = (self.version[slot] + 1) & 0xFFFFFFFF

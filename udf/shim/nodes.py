@@ -165,7 +165,7 @@ class NodeTable(Graph):
         self.set_link(parent, name, slot, entry_until)
         mode, links = _MODE_NLINK.unpack_from(self.attrs, start + 60)
         if links > 1 and mode & 0o170000 != stat.S_IFDIR:
-            self._linked[self.inode_number(slot)] = slot
+            self._linked[self._key(self.inode_generation[slot], self.inode_number(slot))] = slot
 
     def pack_entry(self, slot: int, link: int, now: float) -> bytes:
         """Return the 128 bytes of an entry_out from what is cached."""
@@ -197,9 +197,11 @@ class NodeTable(Graph):
         generation, number, mode = _SAME.unpack_from(buffer, at)
         if (mode ^ self.mode(slot)) & 0o170000:
             return False
-        return not self._stable_inodes or (
-            number == self.inode_number(slot) and generation == self.inode_generation[slot]
-        )
+        if self._inodes == "volatile":
+            return True
+        if generation != self.inode_generation[slot]:
+            return False
+        return bool((self._inodes == "generation" and generation) or number == self.inode_number(slot))
 
     def rebind(self, slot: int, buffer: bytes | bytearray, at: int) -> bool:
         """Take the entry at *at* for what *slot* is called now, one lookup counted; False if it is another file."""
@@ -219,7 +221,9 @@ class NodeTable(Graph):
         if driver_id <= ROOT:
             return 0
         known: int = self.link_node[self.link(parent, name)]
-        linked = self._linked.get(_SAME.unpack_from(buffer, at)[1], 0) if self._stable_inodes else 0
+        linked = 0
+        if self._linked and self._inodes != "volatile":
+            linked = self._linked.get(self._key(*_SAME.unpack_from(buffer, at)[:2]), 0)
         for slot in (known, linked):
             if slot > ROOT and not self.is_resolved(slot) and self.is_same(slot, buffer, at):
                 self._rebind(slot, driver_id, 0)

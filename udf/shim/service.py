@@ -78,7 +78,7 @@ class Service:
         self.dispatch: Callable[[int, int, int, memoryview], None] = self._not_serving
         self.complete: Callable[[int, Pending, bytes], None] = self._not_complete
         self.exclusive = config.exclusive
-        self.nodes = NodeTable(stable_nodes=config.stable_nodes, stable_inodes=config.stable_inodes)
+        self.nodes = NodeTable(stable_nodes=config.stable_nodes, inodes=config.inodes)
         self.handles = HandleTable()
         self.counters = Counters()
         self.waiting: dict[int, Pending] = {}

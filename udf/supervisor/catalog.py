@@ -41,7 +41,7 @@ class Driver:
     open: str = "known"
     durability: str = "none"  # what is not known of a command
     stable_nodes: bool = False
-    stable_inodes: bool = False
+    inodes: str = "volatile"
     deadline: float = 30.0
     warnings: tuple[str, ...] = ()
     manifest: Manifest | None = None  # None: a command
@@ -107,7 +107,7 @@ async def find(name: str, *, trusted_only: bool) -> Driver:
         open=found.open,
         durability=found.durability,
         stable_nodes=found.nodes == "stable",
-        stable_inodes=found.inodes == "stable",
+        inodes=found.inodes,
         deadline=found.deadline,
         warnings=found.warnings,
         manifest=found,

@@ -58,7 +58,7 @@ class MountPlan:
     open: str = "known"
     durability: str = "none"
     stable_nodes: bool = False
-    stable_inodes: bool = True
+    inodes: str = "stable"
     deadline: float = 30.0
     start_timeout: float = 30.0
 
@@ -102,6 +102,6 @@ class MountPlan:
             recover=True,
             hide=not self.stable_nodes,
             stable_nodes=self.stable_nodes,
-            stable_inodes=self.stable_inodes,
+            inodes=self.inodes,
             patience=chosen.patience,
         )

@@ -186,7 +186,7 @@ class Registry:
             open=driver.open,
             durability=driver.durability,
             stable_nodes=driver.stable_nodes,
-            stable_inodes=driver.stable_inodes,
+            inodes=driver.inodes,
             deadline=mount_options.deadline or driver.deadline,
             start_timeout=request.start_timeout or DEFAULT_START_TIMEOUT,
         )
