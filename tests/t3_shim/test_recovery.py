@@ -331,6 +331,22 @@ def test_what_was_used_before_is_there_without_a_driver():
         mount.next_driver()
 
 
+def test_a_file_that_was_written_to_has_no_old_size_without_a_driver():
+    """It used to be answered from the attributes of before the write, and the kernel then cut the file's pages."""
+    with recovering() as mount:
+        fd = mount.do("open", "other", os.O_RDWR)
+        mount.usual.do("fstat", fd)
+        mount.usual.do("pwrite", fd, b"x" * 1000, 0)
+        mount.lose_driver()
+        mount.usual.start("fstat", fd)
+        (request,) = what_waits(mount)
+        assert (request["op"], request["path"]) == ("GETATTR", "/other")
+        mount.next_driver()
+        assert mount.usual.wait()["st_size"] == 1000
+        assert mount.usual.do("pread", fd, 2000, 0) == b"x" * 1000
+        mount.usual.do("close", fd)
+
+
 def what_waits(mount: Mount) -> list[dict[str, object]]:
     """What the shim says is waiting, as soon as something is."""
     for number in range(1000, 10_000):

@@ -301,6 +301,10 @@ class Graph:
         if link:
             self._link_until[link] = 0.0
 
+    def is_expired(self, link: int) -> bool:
+        """Whether *link* was said to be no longer true, other than by the end of its time."""
+        return self._link_until[link] == 0.0
+
     # ---- lifetimes
 
     def forget(self, slot: int, count: int) -> None:

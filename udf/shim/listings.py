@@ -241,7 +241,7 @@ class ListingCache:
                 link = nodes.link(handle.slot, name)
                 child = nodes.link_node[link]
                 # Only what is still valid: an entry without a node makes the kernel look the name up itself.
-                in_time = nodes.attr_until[child] > now or (not s.connected and nodes.mode(child))
+                in_time = nodes.attr_until[child] > (now if s.connected else 0.0)
                 if child and (not slot or child == slot) and in_time:
                     nodes.lookups[child] += 1
                     entry = nodes.pack_entry(child, link, now)

@@ -22,7 +22,7 @@ from udf.shim import open_files, patience, tasks
 from udf.shim.graph import ATTR_SIZE, ROOT
 from udf.shim.hiding import HIDDEN_NAME, needs_hiding
 from udf.shim.remembered import REMEMBERED
-from udf.shim.stale import answer_stale, stale_attributes
+from udf.shim.stale import answer_stale, is_unchanged, stale_attributes
 from udf.shim.tasks import forward_rename, without_suid
 
 if TYPE_CHECKING:
@@ -74,11 +74,12 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
 
 def _lookup_stale(s: Service, unique: int, slot: int, name: bytes, now: float) -> bool:
     """Without a driver a name means what it last meant, until there is one to ask."""
-    child = s.nodes.child(slot, name)
-    if not child or not s.nodes.mode(child):
+    link = s.nodes.link(slot, name)
+    child = s.nodes.link_node[link]
+    if not child or s.nodes.is_expired(link) or not is_unchanged(s, child):
         return False
     s.nodes.lookups[child] += 1
-    return answer_stale(s, unique, s.nodes.pack_entry(child, s.nodes.link(slot, name), now))
+    return answer_stale(s, unique, s.nodes.pack_entry(child, link, now))
 
 
 def negative(valid: float) -> bytes:

@@ -25,10 +25,18 @@ _ATTR_HEAD = Struct("=QI4x")
 
 
 def stale_attributes(s: Service, slot: int) -> bytes | None:
-    """Return the ATTR_OUT of a node as it was last seen; None if it never was."""
-    if not s.nodes.mode(slot):
+    """Return the ATTR_OUT of a node as it was last seen; None if it never was, or has changed since.
+
+    An old size would not only be wrong: the kernel cuts the file's pages to it.
+    """
+    if not is_unchanged(s, slot):
         return None
     return _ATTR_HEAD.pack(0, 0) + bytes(s.nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
+
+
+def is_unchanged(s: Service, slot: int) -> bool:
+    """Whether nothing is known to have changed since the attributes of *slot* came; only their time may be over."""
+    return s.nodes.attr_until[slot] > 0.0 and s.nodes.mode(slot) != 0
 
 
 def answer_stale(s: Service, unique: int, body: bytes | None) -> bool:
