@@ -16,7 +16,7 @@ import time
 import traceback
 from types import FrameType
 
-from tests.benchmarks import glue, leaks, machine, memory, parallel, sequential, spin, tree
+from tests.benchmarks import glue, leaks, machine, memory, parallel, pause, sequential, spin, tree
 from tests.benchmarks.lab import Lab
 from tests.benchmarks.report import Result
 
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "tree": tree.run,
     "parallel": parallel.run,
     "spin": spin.run,
+    "pause": pause.run,
     "memory": memory.run,
     "leaks": leaks.run,
 }
