@@ -462,7 +462,7 @@ async def test_two_hundred_deaths_leave_no_descriptor_no_process_and_no_memory(
     assert mount.generation == 201
     assert len(mount.recovery.crashes.reports()) == 20
     await until(lambda: len(os.listdir("/proc/self/fd")) <= held)
-    assert len(mount.recovery._alive) == 1
+    assert len(mount.recovery._hosts.alive) == 1
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert len(set(children) & {str(pid) for pid in stage.started}) == 1
     await unmount(mount)
