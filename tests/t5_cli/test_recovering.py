@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT, mounts_below, wait_for_end
 
-from .conftest import PATIENCE, Daemon
+from .conftest import PATIENCE, Command, Daemon
 
 KILLS = int(os.environ.get("UDF_TEST_KILLS", "8"))
 
@@ -309,6 +309,34 @@ def test_hung_names_who_waits_and_abort_lets_one_go(daemon: Daemon, mountpoint: 
 def test_what_is_not_mounted_is_told_in_one_sentence(daemon: Daemon, tmp_path: Path, command: str) -> None:
     sentence = daemon.udf.refused(command, tmp_path)
     assert "is not a mount of udf" in sentence
+
+
+def test_a_mount_without_a_daemon_is_replaced_restarted_and_asked_just_the_same(
+    no_system_daemon: None, mountpoint: Path
+) -> None:
+    udf = Command()
+    udf.done("mount", "-t", "hello", mountpoint)
+    row = next(row for row in udf.mounts() if row["mountpoint"] == str(mountpoint))
+    os.kill(row["driver_pid"], signal.SIGKILL)
+    with pytest.raises(FileNotFoundError):
+        os.stat(mountpoint / "unknown")
+    assert json.loads(udf.done("restart", "--json", mountpoint))["generation"] == 3
+    (report,) = json.loads(udf.done("crashes", "--json", mountpoint))["crashes"]
+    assert (report["signal"], report["counted"]) == ("SIGKILL", False)
+    assert json.loads(udf.done("hung", "--json", mountpoint))["requests"] == []
+    udf.done("umount", mountpoint)
+
+
+def test_status_shows_generation_restarts_left_and_durability(daemon: Daemon, mountpoint: Path, tmp_path: Path) -> None:
+    daemon.udf.done("mount", "-t", write_driver(tmp_path, at_stat="if path == '/x': os._exit(3)"), mountpoint)
+    heading, line = daemon.udf.done("status").splitlines()
+    assert "GENERATION  RESTARTS LEFT  DURABILITY" in heading
+    assert line.split()[4:7] == ["1", "4", "source"]
+    with pytest.raises(OSError, match="Input/output error"):
+        os.stat(mountpoint / "x")
+    (line,) = daemon.udf.done("status").splitlines()[1:]
+    assert line.split()[4:7] == ["3", "2", "source"]
+    daemon.udf.done("umount", mountpoint)
 
 
 # ---- unmount without a driver

@@ -278,7 +278,7 @@ class Recovery:
         self._driver.change(State.ACTIVE, Reason.READY)
         text = f"generation {attached.generation} after {pause:.1f} ms"
         if attached.replayed or attached.parked:
-            text += f"; {attached.replayed} requests were asked again, {attached.parked} had waited"
+            text += f"; requests asked again: {attached.replayed}, that had waited: {attached.parked}"
         self._mount.change(
             State.ACTIVE,
             Reason.READY,
