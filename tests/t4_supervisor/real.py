@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -20,9 +19,6 @@ from udf.supervisor.client import Connection
 ROOT = Path(__file__).resolve().parents[2]
 CAN_MOUNT = os.path.exists("/dev/fuse") and os.geteuid() == 0
 needs_fuse = pytest.mark.skipif(not CAN_MOUNT, reason="needs /dev/fuse and root")
-needs_recovery = pytest.mark.skipif(
-    importlib.util.find_spec("udf.shim.recovery") is None, reason="needs a shim that takes a new generation"
-)
 PATIENCE = 30.0
 
 DAEMON_PROGRAM = """

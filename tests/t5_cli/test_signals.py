@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -284,7 +283,6 @@ def test_end_of_a_shim_leaves_a_clean_mountpoint(daemon: Daemon, mountpoint: Pat
     assert os.listdir(mountpoint) == []
 
 
-@pytest.mark.skipif(find_spec("udf.shim.recovery") is None, reason="needs a shim that takes a new generation")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_end_of_a_driver_is_followed_by_the_next_one_and_programs_go_on(
     daemon: Daemon, mountpoint: Path, number: signal.Signals

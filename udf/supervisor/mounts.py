@@ -18,10 +18,11 @@ from udf.supervisor import paths, spawn
 from udf.supervisor.bell import Bell
 from udf.supervisor.child import REAP_TIMEOUT
 from udf.supervisor.generation import Generation
+from udf.supervisor.hosts import TERM_GRACE
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import HEARTBEAT, BusyError, MountPlan, StartFailedError
-from udf.supervisor.recovery import LAST_WORDS, TERM_GRACE, Recovery, stop_grace
+from udf.supervisor.recovery import LAST_WORDS, Recovery, stop_grace
 from udf.supervisor.shim import Listeners, Shim
 from udf.supervisor.trace import TraceFeed
 

@@ -1,7 +1,7 @@
 """The generations of one mount's driver: the first one, and a new one for each that is lost.
 
-Owns: which process is the driver, its certain end before another one may touch the source, the state store's memfds,
-the spare, and the mount's states RECOVERING, ACTIVE and FAILED after its start.
+Owns: which process is the driver, its certain end before another one may touch the source, and the mount's states
+RECOVERING, ACTIVE and FAILED after its start.
 Must never: let two generations serve at once, wait for a driver without a bound, or start one when the mount ends.
 Called by: mounts.py.
 
@@ -13,7 +13,6 @@ shim has said that the old link is drained → `attach` → `attached`.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
 from collections.abc import Callable
@@ -21,31 +20,29 @@ from collections.abc import Callable
 import trio
 
 from udf import messages
-from udf.driver.memory import create_memfds
 from udf.errors import UserError
 from udf.supervisor import crashes, spawn
 from udf.supervisor.bell import Bell
 from udf.supervisor.crashes import CrashLog
 from udf.supervisor.generation import Generation
+from udf.supervisor.hosts import TERM_GRACE, Hosts
 from udf.supervisor.instance import Instance, Reason, State
 from udf.supervisor.output import sentence
 from udf.supervisor.plan import MountPlan
 from udf.supervisor.restart import Death, Decision, History, Kind
 from udf.supervisor.shim import Shim
-from udf.supervisor.spares import Spares
 
 HOST_SILENCE = 10  # heartbeats; counted in our own ticks, so that our own sleep is never taken for a driver's
 LINK_GRACE = 2.0  # between the end of a process and the end of its link, whichever is seen first
 LAST_WORDS = 0.2  # after a death of its own making, for what it printed
 STOP_GRACE = 5.0  # for the host to end after `stop`
-TERM_GRACE = 2.0  # and after SIGTERM
 
 log = logging.getLogger("udf.mounts")
 _NOTHING_LOST = messages.LinkLost()
 
 
 class Recovery:
-    """The driver of one mount, whatever process that is. `nursery` ends with the mount, `reaper` outlives it."""
+    """The driver of one mount, whatever process that is."""
 
     def __init__(
         self,
@@ -64,35 +61,27 @@ class Recovery:
         self._driver = driver
         self._shim = shim
         self._bell = bell
-        self._on_fault = on_fault
+        self._hosts = Hosts(plan, bell, on_fault)
         self._history = History()
         self._serving: Generation | None = None  # none between two generations, and after the last
-        self._next: Generation | None = None  # started, not told anything yet
-        self._alive: list[Generation] = []  # all whose end is not certain
-        self._stuck: list[Generation] = []  # those of them that served and cannot be ended
+        self._trying: Generation | None = None  # on its way to serve
         self._counted = True  # whether the last death of one that served was its own making
         self._restart_asked = False
         self._failures = 0  # starts that failed
         self._is_ending = False
-        self._store: list[int] = []
-        self._spares = Spares(plan, bell, self._new, self._discard)
-        self._nursery: trio.Nursery | None = None
-        self._reaper: trio.Nursery | None = None
 
     # ---- the first generation
 
     def start_first(self, nursery: trio.Nursery, reaper: trio.Nursery) -> Generation:
         """Start the process of the first generation; the mount's start decides what its failure means."""
-        self._nursery, self._reaper = nursery, reaper
-        if self._plan.durability == "store":
-            self._store = create_memfds(self._plan.name)
-        self._serving = self._new()
+        self._hosts.open(nursery, reaper)
+        self._serving = self._hosts.new()
         self._show(self._serving)
         return self._serving
 
     async def serve_first(self, generation: Generation, link: int) -> None:
         """Tell it to serve."""
-        await generation.serve(link, self._store)
+        await generation.serve(link, self._hosts.store)
 
     def first_serves(self) -> None:
         """The mount is made."""
@@ -110,7 +99,7 @@ class Recovery:
     @property
     def spare_pid(self) -> int | None:
         """The process that stands ready, if there is one."""
-        return self._spares.pid
+        return self._hosts.spares.pid
 
     def tick(self) -> None:
         """A heartbeat is due from the driver that serves: silence and a loop that stands still are a hang."""
@@ -125,8 +114,9 @@ class Recovery:
 
     def overdue(self, operation: str, age: float) -> None:
         """A request has passed its deadline."""
-        if self._serving is not None:
-            self._serving.condemn(Kind.HUNG, f"the driver has not answered {operation} for {age:.0f} s")
+        driver = self._serving or self._trying  # it may be serving before we have heard so
+        if driver is not None:
+            driver.condemn(Kind.HUNG, f"the driver has not answered {operation} for {age:.0f} s")
 
     def broke_contract(self, text: str) -> None:
         """The shim has given the driver up."""
@@ -145,8 +135,9 @@ class Recovery:
     async def run(self) -> None:
         """Replace each driver that is lost, until the mount ends."""
         if self._plan.options.spare:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._spares.run, lambda: self._mount.state is State.ACTIVE, self._over)
+            self._hosts.nursery.start_soon(
+                self._hosts.spares.run, lambda: self._mount.state is State.ACTIVE, self._over
+            )
         while True:
             await self._bell.until(lambda: self._over() or self._restart_asked or self._is_lost())
             if not self._restart_asked and not self._over():
@@ -220,8 +211,9 @@ class Recovery:
                     return
             if self._restart_asked:
                 self._restart_asked, self._history = False, History()
-            generation = self._take_next()
+            generation = self._trying = self._hosts.take()
             attached = await self._try(generation)
+            self._trying = None
             if self._over():
                 return
             if attached is not None:
@@ -241,7 +233,7 @@ class Recovery:
         self._driver.note("waiting for ready")
         shim_end, driver_end = spawn.link_pair()
         with shim_end, driver_end:
-            await generation.serve(driver_end.fileno(), self._store)
+            await generation.serve(driver_end.fileno(), self._hosts.store)
             driver_end.close()
             if not await self._bell.within(
                 self._plan.start_timeout,
@@ -286,7 +278,7 @@ class Recovery:
         self._driver.change(State.ACTIVE, Reason.READY)
         text = f"generation {attached.generation} after {pause:.1f} ms"
         if attached.replayed or attached.parked:
-            text += f"; {attached.replayed} requests were asked again, {attached.parked} had waited"
+            text += f"; requests asked again: {attached.replayed}, that had waited: {attached.parked}"
         self._mount.change(
             State.ACTIVE,
             Reason.READY,
@@ -302,12 +294,8 @@ class Recovery:
 
     async def _is_gone(self, generation: Generation, grace: float) -> bool:
         """End it for certain. If that is not to be had the mount is FAILED: there is never a second writer."""
-        if grace == 0:
-            generation.kill()
-        if await generation.end(grace):
-            self._buried(generation)
+        if await self._hosts.bury(generation, grace):
             return True
-        self._stuck.append(generation)
         if not self._over():
             pid = generation.instance.pid
             text = f"process {pid} of the driver waits in the kernel and cannot be ended, so no other may serve"
@@ -321,8 +309,7 @@ class Recovery:
         self._history = self._history.after(Death(now, kind, generation.served))
         lost = self._shim.lost if generation.served is not None else None
         report = self.crashes.add(time.time(), generation, kind, text, lost or _NOTHING_LOST)
-        assert self._nursery is not None
-        self._nursery.start_soon(self._read_out, generation, report)
+        self._hosts.nursery.start_soon(self._read_out, generation, report)
         self._driver.tell(
             "death",
             "counted" if kind.is_counted else "external",
@@ -342,8 +329,7 @@ class Recovery:
 
     async def _give_up(self, reason: Reason, text: str) -> None:
         """No new generation until an operator asks: what is not cached fails at once."""
-        self._discard(self._next)
-        self._next = None
+        self._hosts.drop_next()
         if self._over():
             return
         self._enter(State.FAILED, reason, text)
@@ -355,42 +341,9 @@ class Recovery:
             if instance.state is not state:
                 instance.change(state, reason, text)
 
-    # ---- processes
-
-    def _new(self) -> Generation:
-        assert self._nursery is not None
-        assert self._reaper is not None
-        generation = Generation(self._plan, self._bell, self._on_fault)
-        generation.start(self._nursery, self._reaper)
-        self._alive.append(generation)
-        return generation
-
     def _prestart(self) -> None:
-        """The process may start while the old one is reaped: it is told nothing until then."""
-        if self._next is None and not self._over():
-            self._next = self._spares.take() or self._new()
-
-    def _take_next(self) -> Generation:
-        if self._next is not None and self._next.is_lost:
-            self._discard(self._next)
-            self._next = None
-        taken, self._next = self._next or self._spares.take() or self._new(), None
-        return taken
-
-    def _discard(self, generation: Generation | None) -> None:
-        """End one that has served nothing and will not; nobody waits for it."""
-        if generation is not None:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._end_unused, generation)
-
-    async def _end_unused(self, generation: Generation) -> None:
-        if await generation.end(0):
-            self._buried(generation)
-
-    def _buried(self, generation: Generation) -> None:
-        for generations in (self._alive, self._stuck):
-            if generation in generations:
-                generations.remove(generation)
+        if not self._over():
+            self._hosts.prestart()
 
     def _show(self, generation: Generation) -> None:
         """The mount's driver instance shows this process from now on."""
@@ -400,14 +353,11 @@ class Recovery:
 
     async def restart(self) -> int:
         """A new generation, whatever the state, and a clean history; its number. UserError if there is none."""
-        for stuck in list(self._stuck):
-            if await stuck.end(0):
-                self._buried(stuck)
-        if self._stuck:
+        if not await self._hosts.bury_stuck():
             raise UserError(f"{self._plan.name} cannot be restarted: {self._mount.text}")
         failures = self._failures
         self._restart_asked = True
-        self._spares.reset()
+        self._hosts.spares.reset()
         self._bell.ring()
         await self._bell.until(
             lambda: (
@@ -424,41 +374,19 @@ class Recovery:
 
     # ---- the end of the mount
 
-    async def end(self) -> bool:
-        """End every process, the one that serves in order; whether nothing of them is left. Bounded in time."""
+    async def end(self) -> None:
+        """End every process, the one that serves in order. Bounded in time."""
         self._is_ending = True
         self._bell.ring()
-        serving = self._serving
-        for generation in self._alive:
-            if generation is not serving:
-                generation.kill()
-        if serving is not None and not serving.is_lost:
-            grace = stop_grace(self._plan) if serving.ready is not None else 0.0  # else it has served nothing yet
-            if not await serving.stop(grace) and serving.ready is not None:
-                self.cut_off = True
-                log.warning(
-                    "%s: the driver did not end within %g s of its unmount and is ended; what it had not saved is lost",
-                    self._plan.name,
-                    grace,
-                )
-        async with trio.open_nursery() as nursery:
-            for generation in list(self._alive):
-                nursery.start_soon(self._end_last, generation)
-        for generation in self._alive:
-            log.error(
-                "%s: process %s of the driver cannot be ended; it waits in the kernel",
+        orderly = self._serving if self._serving is not None and not self._serving.is_lost else None
+        grace = stop_grace(self._plan) if orderly is not None and orderly.ready is not None else 0.0
+        if not await self._hosts.end_all(orderly, grace) and grace:
+            self.cut_off = True
+            log.warning(
+                "%s: the driver did not end within %g s of its unmount and is ended; what it had not saved is lost",
                 self._plan.name,
-                generation.instance.pid,
+                grace,
             )
-            generation.process.abandon()
-        for fd in self._store:
-            os.close(fd)
-        self._store.clear()
-        return not self._alive
-
-    async def _end_last(self, generation: Generation) -> None:
-        if await generation.end(TERM_GRACE):
-            self._buried(generation)
 
 
 def stop_grace(plan: MountPlan) -> float:
