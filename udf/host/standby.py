@@ -72,8 +72,12 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 def _dress(become: bytes, output: int) -> None:
     """Output and environment as the `become` message says."""
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    # New objects too: the old ones know what they were opened on, which may have been a file.
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(output, number)
+        stream = open(number, "w", encoding=getattr(sys, name).encoding, closefd=False)  # noqa: SIM115 - lasts
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     environment = json.loads(become)["environment"]
     if dict(os.environ) != environment:
         os.environ.clear()
@@ -153,7 +157,8 @@ def _prepare(become: bytes, output: int, start: dict[str, Any]) -> None:
 def _be_driver(bond: socket.socket, way: socket.socket, told: int) -> NoReturn:
     try:
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
-        trio.run(trio.lowlevel.checkpoint)
+        signal.set_wakeup_fd(-1)  # init's
+        trio.run(trio.lowlevel.checkpoint)  # what a first run brings in is there for the real one
         become, outputs = _receive(way)
         packet, fds = _receive(way) if become else (b"", [])
         if not fds:
