@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from real import ROOT, children_named, is_alive
+from real import ROOT, children_named, is_alive, wait_for
 
 from udf import messages
 from udf.supervisor import oom, spawn, zygote
@@ -25,7 +25,7 @@ from udf.supervisor.zygote import Zygote
 
 PATIENCE = 30.0
 DRIVERS = ROOT / "tests" / "t2_host" / "drivers"
-ENVIRONMENT = {"PATH": os.environ["PATH"], "MARK": "mine"}
+ENVIRONMENT = {**spawn.daemon_environment(os.environ, "/", "root"), "MARK": "mine"}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
@@ -181,6 +181,7 @@ async def test_a_fork_that_is_killed_while_it_stands_by_is_replaced() -> None:
     async with a_zygote() as found:
         fork = await stands_by(found)
         os.kill(fork, signal.SIGKILL)
+        wait_for(lambda: not is_alive(fork))  # without letting our loop see it
         async with hosts("Plain", "Plain"):
             assert await stands_by(found) != fork
         assert not is_alive(fork)
@@ -321,9 +322,10 @@ def memory_limit() -> Any:
 @needs_root
 async def test_a_driver_that_ran_out_of_memory_is_told_from_one_that_was_killed(memory_limit: Path) -> None:
     async with a_zygote(), hosts("Hungry") as (host,):
-        memory_limit.write_text(str(host.heard[messages.Started].pid))
+        driver = host.heard[messages.Started].pid
+        memory_limit.write_text(str(driver))
         before = oom.kills()
-        host.link.close()  # what it eats begins when its mount ends
+        os.kill(driver, signal.SIGUSR1)
         await host.until(lambda: host.process.dead)
         assert host.process.status == -signal.SIGKILL
         assert before is not None

@@ -154,9 +154,12 @@ class Surroundings(Plain):
 
 
 class Hungry(Plain):
-    """Eats memory without end as soon as its mount has ended."""
+    """Eats memory without end when it gets a signal."""
 
-    async def close(self) -> None:
+    def __init__(self) -> None:
+        signal.signal(signal.SIGUSR1, self.eat)
+
+    def eat(self, *_: object) -> None:
         eaten = []
         while True:
             eaten.append(b"x" * (1 << 20))
