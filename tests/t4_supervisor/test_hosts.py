@@ -146,8 +146,8 @@ async def test_an_environment_that_an_interpreter_reads_at_its_start_gets_an_int
         assert found.standing
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_zygote_that_is_killed_or_stopped_is_replaced_and_no_start_fails(
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGSTOP])
+async def test_a_zygote_that_is_ended_or_stopped_is_replaced_and_no_start_fails(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zygote, "ANSWER_TIMEOUT", 2.0)
