@@ -60,7 +60,7 @@ class Program:
         self._start = start
         self._mountpoint = f"/dev/fd/{self._link}"
         if private:
-            room = _private_room(start["sandbox"])
+            room = _private_room(start["sandbox"], [*start["sandbox"]["keep_paths"], *named_paths(start)])
             if room is None:
                 raise OSError("no place for a private mountpoint")
             self._mountpoint = os.path.join(room, "mnt")
@@ -256,9 +256,9 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _private_room(limits: dict[str, Any]) -> str | None:
+def _private_room(limits: dict[str, Any], kept_paths: list[str]) -> str | None:
     """A small private filesystem with an empty `mnt`, which belongs to the program's user."""
-    kept = [os.path.abspath(path) + "/" for path in limits["keep_paths"]]
+    kept = [os.path.abspath(path) + "/" for path in kept_paths]
     for cover in _COVERS:
         if not os.path.isdir(cover) or any(path.startswith(cover + "/") for path in kept):
             continue

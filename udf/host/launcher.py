@@ -24,10 +24,11 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from udf.host import foreign, init, sandbox
+from udf.host import init, sandbox
 from udf.host import syscalls as sys_
 
 MAX_MESSAGE = 64 * 1024
@@ -49,14 +50,28 @@ def main(argv: list[str]) -> int:
     return run(sockets[0], sockets[1] if len(sockets) > 1 else None)
 
 
-def run(control: socket.socket, report: socket.socket | None) -> int:
-    """Run a host in a process that has settled. Returns the exit status."""
+@dataclass(frozen=True)
+class Tree:
+    """Init, and what the anchor has of it."""
+
+    pid: int
+    bond: socket.socket
+    told: int  # the writing end of a pipe; init's descendants have the other
+
+
+def run(
+    control: socket.socket, report: socket.socket | None, hand_over: Callable[[init.Orders], Tree | None] | None = None
+) -> int:
+    """Run a host in a process that has settled. Returns the exit status.
+
+    `hand_over` gives the orders to an init that was forked ahead, if there is one that can follow them.
+    """
     received = _receive_start(control)
     if received is None:
         return 0
     packet, fds = received
     try:
-        return _launch(control, report, fds, packet, json.loads(packet))
+        return _launch(control, report, fds, packet, hand_over)
     except Exception as exc:
         report_failure(control, f"the driver host could not be set up: {exc}")
         return 1
@@ -86,62 +101,74 @@ def _receive_start(control: socket.socket) -> tuple[bytes, list[int]] | None:
 
 
 def _launch(
-    control: socket.socket, report: socket.socket | None, fds: list[int], packet: bytes, start: dict[str, Any]
+    control: socket.socket,
+    report: socket.socket | None,
+    fds: list[int],
+    packet: bytes,
+    hand_over: Callable[[init.Orders], Tree | None] | None,
 ) -> int:
+    start = json.loads(packet)
     limits = start["sandbox"]
-    limits["keep_paths"] = [*limits["keep_paths"], *foreign.named_paths(start)]
+    sandbox.limit(int(limits["nofile"]))
+    if hand_over is not None:
+        orders = init.Orders(control, fds, packet, start, bool(limits["namespaces"]), -1)
+        tree = hand_over(orders)
+        if tree is not None:
+            return _anchor(tree, control, report, fds, limits, private=True)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
     sandbox.close_other_descriptors([control.fileno(), *fds, *([] if report is None else [report.fileno()])])
-    sandbox.limit(int(limits["nofile"]))
     private = bool(limits["namespaces"]) and sandbox.leave_namespaces(int(limits["uid"]), int(limits["gid"]))
     if private:
-        sandbox.hide_fuse_mounts(limits["keep_paths"])
+        sandbox.hide_fuse_mounts(init.keep_paths(start))
+    told, told_write = os.pipe2(os.O_CLOEXEC)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     pid = os.fork()
     if pid == 0:
         ours.close()
+        os.close(told_write)
         if report is not None:
             report.close()
-        _become_init(theirs, control, fds, packet, start, private)
+        _become_init(theirs, init.Orders(control, fds, packet, start, private, told))
     theirs.close()
-    for fd in fds:
-        os.close(fd)
-    return _anchor(ours, control, report, pid, limits, private)
+    os.close(told)
+    return _anchor(Tree(pid, ours, told_write), control, report, fds, limits, private=private)
 
 
-def _become_init(
-    bond: socket.socket, control: socket.socket, fds: list[int], packet: bytes, start: dict[str, Any], private: bool
-) -> NoReturn:
+def _become_init(bond: socket.socket, orders: init.Orders) -> NoReturn:
     status = 1
     try:
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
         # If the anchor died before the line above, its end is closed and nobody will say go.
         if bond.recv(1) == b"g":
-            status = init.run(bond, control, fds, packet, start, private)
+            status = init.run(bond, orders)
     except BaseException as exc:
-        report_failure(control, f"the driver host could not be set up: {exc}")
+        report_failure(orders.control, f"the driver host could not be set up: {exc}")
     finally:
         os._exit(status)
 
 
 def _anchor(
-    bond: socket.socket,
+    tree: Tree,
     control: socket.socket,
     report: socket.socket | None,
-    init_pid: int,
+    fds: list[int],
     limits: dict[str, Any],
+    *,
     private: bool,
 ) -> int:
+    bond = tree.bond
     sys_.set_name("udf-anchor")
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    init_fd = os.pidfd_open(init_pid)
+    init_fd = os.pidfd_open(tree.pid)
     _report(report, {"t": "tree", "private": private}, [init_fd])
     bond.send(b"g")
+    for fd in fds:
+        os.close(fd)
     # The capabilities are needed for nothing any more; init drops its own at the same time.
     sandbox.drop_privileges({**limits, "capabilities": []})
 
@@ -161,13 +188,14 @@ def _anchor(
                 poll.unregister(bond)
             elif data == b"d":
                 _say_started(control, driver_pid)
+                os.close(tree.told)
             else:
                 status = _report_end(report, data)
         if control.fileno() in ready:
             _signal(init_fd, signal.SIGKILL)
             poll.unregister(control)
         if init_fd in ready:
-            _, own = os.waitpid(init_pid, 0)
+            _, own = os.waitpid(tree.pid, 0)
             for data, _ in iter(lambda: _receive(bond), (b"", 0)):
                 if len(data) == init.END.size:
                     status = _report_end(report, data)

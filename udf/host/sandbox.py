@@ -84,7 +84,7 @@ def hide_fuse_mounts(keep_paths: Iterable[str]) -> None:
     kept = [os.fsencode(os.path.abspath(path)) for path in {*keep_paths, *own} if path]
     detached: list[bytes] = []
     # The upper ones first: with a mount goes what is mounted below it, and its dead server is never asked for a path.
-    for point in sorted(_fuse_mountpoints(), key=len):
+    for point in sorted(fuse_mountpoints(), key=len):
         if any(_is_below(path, point) for path in kept) or any(_is_below(point, gone) for gone in detached):
             continue
         try:
@@ -96,7 +96,8 @@ def hide_fuse_mounts(keep_paths: Iterable[str]) -> None:
                 _say(f"the mount {os.fsdecode(point)} stays visible: {exc.strerror}")
 
 
-def _fuse_mountpoints() -> list[bytes]:
+def fuse_mountpoints() -> list[bytes]:
+    """Where this namespace has FUSE mounts on top."""
     points: list[bytes] = []
     top: dict[bytes, bool] = {}
     with open("/proc/self/mountinfo", "rb") as file:

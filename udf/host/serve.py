@@ -31,11 +31,12 @@ from udf.host.pump import Pump
 FINISH_TIMEOUT = 2.0  # seconds for what a driver does at its orderly end
 
 
-def run(control: socket.socket, link: int | None, packet: bytes, store_fds: list[int]) -> int:
+def run(control: socket.socket, link: int | None, packet: bytes, store_fds: list[int], told: int) -> int:
     """Serve until the supervisor or the link ends it. Returns the exit status.
 
     `store_fds` are the memfds of the driver's state store. A spare has neither them nor a link: it loads the driver's
-    code, which must not touch the source, and makes the driver only when its turn has come.
+    code, which must not touch the source, and makes the driver only when its turn has come. `told` is a pipe that ends
+    when the supervisor knows our process: nothing is said before that.
     """
     supervisor = Supervisor(control)
     _open_output()
@@ -46,6 +47,8 @@ def run(control: socket.socket, link: int | None, packet: bytes, store_fds: list
             raise UserError("the driver host was told something else than to start")
         cls = _load_class(start)
         Pump().install()
+        os.read(told, 1)
+        os.close(told)
         if link is None:
             trio.run(trio.lowlevel.checkpoint)  # brings in what the first run needs; the second is quick
             supervisor.send(messages.Warm())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 
 CLONE_PARENT = 0x00008000
@@ -52,6 +53,11 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
+def setns(fd: int, flags: int) -> None:
+    """setns(2)."""
+    _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(flags)), "setns")
+
+
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
     """mount(2)."""
     _check(
@@ -82,13 +88,14 @@ def set_name(name: str) -> None:
     prctl(PR_SET_NAME, ctypes.addressof(buffer))
 
 
-def fork_sibling() -> int:
-    """As os.fork(), but the new process is our parent's child: it waits for it, and its death ends it.
+def fork(flags: int) -> int:
+    """As os.fork(), with flags of clone(2): CLONE_PARENT makes our parent the new process's, CLONE_NEWPID a namespace.
 
     Only for a process with one thread. What fork(3) does beyond that is lost: the C library's own number of the thread
     stays the old one, which only a process that forks again (or uses no thread functions) may live with.
     """
-    arguments = _CLONE_ARGS.pack(CLONE_PARENT, 0, 0, 0, 0, 0, 0, 0)
+    exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD  # as the parent's other child has it
+    arguments = _CLONE_ARGS.pack(flags, 0, 0, 0, exit_signal, 0, 0, 0)
     buffer = ctypes.create_string_buffer(arguments, len(arguments))
     python = ctypes.pythonapi
     python.PyOS_BeforeFork()

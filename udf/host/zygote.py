@@ -1,6 +1,6 @@
 """The process that driver hosts are forked from: `python -m udf.host.zygote FD`, with everything imported.
 
-Owns: the imports, and the way from a fork to a host: a fork that waits for its turn. Must never: run a driver's code,
+Owns: the imports and the forks; what a fork does is standby.py's. Must never: run a driver's code,
 start a thread (its forks would lack it), or wait for anything but the supervisor.
 Called by: the supervisor (udf/supervisor/zygote.py), as whose child each fork is made, so that it is reaped, killed and
 outlived like a host that was started by exec; the one difference is that hosts share their address-space layout.
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import os
 import signal
 import socket
 import sys
-import time
-from typing import Any, NoReturn
 
-from udf.host import launcher, sandbox
+import trio
+
+from udf.host import standby
 from udf.host import syscalls as sys_
 
 # What our own drivers and most others import besides what serving needs; all of it is of the standard library.
@@ -40,7 +39,6 @@ def main(argv: list[str]) -> int:
     # In order for a fork to be cheap nothing may be left to do: no import, no first run of the loop, no garbage.
     for name in ("udf.host.serve", *_COMMON):
         importlib.import_module(name)
-    trio: Any = sys.modules["trio"]
     trio.run(trio.lowlevel.checkpoint)
     gc.collect()
     gc.freeze()
@@ -51,44 +49,12 @@ def main(argv: list[str]) -> int:
         if not fds:
             continue
         try:
-            if sys_.fork_sibling() == 0:
-                _stand_by(requests, socket.socket(fileno=fds[0]))
+            if sys_.fork(sys_.CLONE_PARENT) == 0:
+                requests.close()
+                standby.stand_by(socket.socket(fileno=fds[0]))
         except OSError as exc:
             print(f"udf zygote: {exc}", file=sys.stderr, flush=True)
         os.close(fds[0])  # if there is no fork now, its end is all that the supervisor hears
-
-
-def _stand_by(requests: socket.socket, report: socket.socket) -> NoReturn:
-    status = 1
-    try:
-        sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
-        sys_.set_name("udf-standby")
-        requests.close()
-        sandbox.settle()
-        report.send(json.dumps({"t": "standing"}).encode())
-        status = _become(report)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BaseException as exc:
-        print(f"udf host: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(status)
-
-
-def _become(report: socket.socket) -> int:
-    packet, fds, _, _ = socket.recv_fds(report, launcher.MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
-    if len(fds) != 2:
-        return 0  # the supervisor is gone, or needs us no longer
-    order = json.loads(packet)
-    control, output = socket.socket(fileno=fds[0]), fds[1]
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
-    os.environ.clear()
-    os.environ.update(order["environment"])
-    time.tzset()
-    sys.argv = ["udf.host"]
-    return launcher.run(control, report)
 
 
 if __name__ == "__main__":

@@ -76,14 +76,22 @@ class Zygote:
         self._requests: socket.socket | None = None
         self._answers = False  # the present one has forked before
         self._pending: list[_Fork] = []
-        self._standing: list[_Fork] = []
+        self._forks: list[_Fork] = []  # that stand by
         self._nursery: trio.Nursery | None = None
         self._taken = trio.Event()
         self._useless: trio.Event = trio.Event()
+        self._reaper: trio.Nursery | None = None
         self.pid: int | None = None
+        self.lives = 0  # zygotes that there have been
 
-    async def run(self) -> None:
-        """Have a zygote and forks that stand by, until it is cancelled."""
+    @property
+    def standing(self) -> list[int]:
+        """The pids of what stands by."""
+        return [fork.pid for fork in self._forks]
+
+    async def run(self, reaper: trio.Nursery) -> None:
+        """Have a zygote and forks that stand by, until it is cancelled. `reaper` outlives it and reaps the zygotes."""
+        self._reaper = reaper
         current.set(self)
         try:
             async with trio.open_nursery() as self._nursery:
@@ -97,6 +105,7 @@ class Zygote:
         while True:
             self._answers = False
             await self._one_life()
+            self.lives += 1
             delay = _RETRY if self._answers else min(2 * delay, _MAX_RETRY)
             await trio.sleep(delay)
 
@@ -117,9 +126,10 @@ class Zygote:
             return
         output.started()
         self.pid, self._requests = child.pid, ours
+        assert self._reaper is not None
+        self._reaper.start_soon(child.watch)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(output.read)
-            nursery.start_soon(child.watch)
             nursery.start_soon(self._refill)
             try:
                 await _either(child.ended, self._useless)
@@ -137,7 +147,7 @@ class Zygote:
     async def _refill(self) -> None:
         while True:
             self._taken = trio.Event()
-            while len(self._standing) + len(self._pending) < STANDING:
+            while len(self._forks) + len(self._pending) < STANDING:
                 fork = self._ask()
                 if fork is None:
                     self._useless.set()
@@ -178,13 +188,13 @@ class Zygote:
                     fork.useless.set()
                     return
                 pidfd = os.pidfd_open(fork.pid)
-                self._standing.append(fork)
+                self._forks.append(fork)
                 await trio.lowlevel.wait_readable(pidfd)
         finally:
             if fork in self._pending:
                 self._pending.remove(fork)
-            if fork in self._standing:
-                self._standing.remove(fork)
+            if fork in self._forks:
+                self._forks.remove(fork)
             if not fork.taken:
                 fork.report.close()
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + END_TIMEOUT) as ending:
@@ -238,8 +248,8 @@ class Zygote:
         self._nursery.start_soon(host.end, 0)
 
     def _next(self) -> _Fork | None:
-        if self._standing:
-            return self._standing.pop()
+        if self._forks:
+            return self._forks.pop()
         if not self._answers or self._nursery is None:
             return None  # it is still starting, or ending
         fork = self._pending[0] if self._pending else self._ask()
