@@ -292,6 +292,7 @@ class _Loader:
         else:
             node = Node(ino, mode, uid, gid, ctime)
             node.rdev = rdev
+        node.mode = mode
         node.nlink = nlink
         node.atime = atime
         node.mtime = mtime

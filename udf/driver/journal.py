@@ -77,8 +77,7 @@ class Journal:
             raise UserError("the state store was written by a version of udf that this one cannot read")
         self._activate(words[_ACTIVE] & 1)
         if not fresh:  # a compaction that was killed may have left memory in the other journal
-            self._punch = limit
-            self._due = 0
+            give_back(self._maps[1 - self._active], 0, limit)
         if self._end > limit:
             raise UserError(f"the state store holds {self._end} bytes of records, more than its limit of {limit}")
         found = words[_SCHEMA + self._active * _SECOND]
@@ -127,8 +126,14 @@ class Journal:
             at = stop
 
     def compact_with(self, snapshot: Snapshot) -> None:
-        """Allow compaction: *snapshot* gives an iterator of records that make the state, evaluated bit by bit."""
+        """Allow compaction: *snapshot* gives an iterator of records that make the state, evaluated bit by bit.
+
+        Called when the state is loaded. If processes died so fast that no compaction came to its end, it is done now,
+        because a journal that is read again and again costs more.
+        """
         self._snapshot = snapshot
+        if self._end > 2 * self._due:
+            self.compact()
 
     def append(self, record: bytes, *, frees: bool = False) -> None:
         """Commit a record, before the change that it tells of is made in memory; a whole batch can be one record.
