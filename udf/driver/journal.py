@@ -32,6 +32,7 @@ _FORMAT = int.from_bytes(b"udfstor1", "little")  # the last letter is the versio
 
 _FRAME = struct.Struct("=II")  # length, CRC32
 _HEAD = _FRAME.size
+_frame = _FRAME.pack
 
 _FLOOR = 1 << 20  # a journal that is smaller is not worth a compaction
 _SLICE = 4  # records of a snapshot that one append copies
@@ -135,17 +136,18 @@ class Journal:
         if self._end > 2 * self._due:
             self.compact()
 
-    def append(self, record: bytes, *, frees: bool = False) -> None:
+    def append(self, record: bytes, frees: bool = False) -> None:
         """Commit a record, before the change that it tells of is made in memory; a whole batch can be one record.
 
         OSError(ENOSPC), and nothing is changed, when there is no room. Records that free something have a reserve.
         """
+        length = len(record)
         at = self._end
-        end = at + _HEAD + len(record)
+        end = at + _HEAD + length
         if end > self._room:
-            at = self._make_room(len(record), frees)
-            end = at + _HEAD + len(record)
-        self._memory[at:end] = _FRAME.pack(len(record), crc32(record)) + record
+            at = self._make_room(length, frees)
+            end = at + _HEAD + length
+        self._memory[at:end] = _frame(length, crc32(record)) + record
         self._words[self._commit] = end
         self._end = end
         if end > self._due:
@@ -220,7 +222,7 @@ class Journal:
             self._source = None
             self._due = self._limit
             return False
-        self._maps[1 - self._active][at:end] = _FRAME.pack(len(record), crc32(record)) + record
+        self._maps[1 - self._active][at:end] = _frame(len(record), crc32(record)) + record
         self._copied = end
         return True
 
