@@ -6,17 +6,21 @@ import errno
 import mmap
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.killing import in_child, memory_of, steps
 from udf import Store, UserError
 from udf.driver import journal as journal_module
 from udf.driver import shelf as shelf_module
 from udf.driver.memory import create_memfds
-from udf.host.load import instantiate
+from udf.host.load import instantiate, load_class
+from udf.manifest.check import read_manifest
 
 PAGE = 4096
 
@@ -279,3 +283,24 @@ def test_a_temporary_store_works_without_descriptors() -> None:
     store.close()
     with pytest.raises(ValueError, match="a state store has 1 descriptors, not 2"):
         Store([0, 1])
+
+
+async def test_the_example_of_the_readme_keeps_its_notes(fd: int, tmp_path: Path) -> None:
+    found = re.search(r"<!-- file notes\.py -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    path = tmp_path / "notes.py"
+    path.write_text(found[1])
+    assert read_manifest(str(path), "notes").durability == "store"
+    cls = load_class(str(path), "Notes")
+    stores = [Store([os.dup(fd)]) for _ in range(2)]
+    first = cls(store=stores[0])
+    await first.create("/a", 0o644)
+    await first.write("/a", 3, b"text")
+    await first.create("/b", 0o644)
+    await first.remove("/b")
+    second = cls(store=stores[1])
+    assert await second.list("/") == ["a"]
+    assert (await second.stat("/a")).size == 7
+    assert await second.read("/a", 0, 100) == b"\0\0\0text"
+    for store in stores:
+        store.close()
