@@ -35,12 +35,12 @@ class Contents:
     __slots__ = ("_arena", "_extents", "pages", "size", "slot")
 
     def __init__(self, arena: Arena, slot: int | None = None) -> None:
-        """Make empty contents, in a new slot, or those of a slot that is filled."""
+        """Make empty contents, in a new slot, or those of a slot that is filled (`adopt_words` is to follow)."""
         self._arena = arena
         self._extents: list[Extent] = []
         self.pages = 0
         self.slot = arena.kept.take_slot(0, 0) if slot is None else slot
-        self.size = arena.kept.table[self.slot]
+        self.size = 0
 
     @property
     def extents(self) -> tuple[Extent, ...]:
@@ -246,7 +246,19 @@ class Contents:
     def adopt_runs(self, extents: list[Extent]) -> None:
         """Take over all runs of a snapshot."""
         self._extents = extents
-        self.pages = sum(count for _, _, count in extents)
+        self.pages = extents[0][2] if len(extents) == 1 else sum([count for _, _, count in extents])
+
+    def adopt_words(self, table: memoryview[int], used: set[int], runs: list[tuple[int, int]]) -> int:
+        """Take over the length; add slot and runs to those in use; return the time of the last write, 0 for none."""
+        slot = self.slot
+        self.size = table[slot]
+        used.add(slot)
+        extents = self._extents
+        if len(extents) == 1:  # as most have
+            runs.append(extents[0][1:])
+        else:
+            runs += [(place, count) for _, place, count in extents]
+        return table[slot + 1]
 
     def adopt_move(self, slot: int, size: int) -> None:
         """Take over a truncation."""

@@ -281,7 +281,9 @@ class _Loader:
             node = File(ino, mode, uid, gid, ctime)
             if first:
                 node.contents = self._slots[first - 1] = Contents(self._arena, first - 1)
-                if runs:
+                if runs == 1:  # as most have
+                    node.contents.adopt_runs([records.run.unpack_from(record, at)])
+                elif runs:
                     node.contents.adopt_runs(list(records.run.iter_unpack(record[at:behind_runs])))
         elif kind == stat.S_IFDIR:
             node = Directory(ino, mode, uid, gid, ctime)
@@ -292,6 +294,7 @@ class _Loader:
         else:
             node = Node(ino, mode, uid, gid, ctime)
             node.rdev = rdev
+        node.mode = mode
         node.nlink = nlink
         node.atime = atime
         node.mtime = mtime
@@ -334,14 +337,10 @@ class _Loader:
             if isinstance(node, File):
                 contents = node.contents
                 if contents is not None:
-                    slot = contents.slot
-                    used.add(slot)
-                    contents.size = table[slot]
-                    stamp = table[slot + 1]
+                    stamp = contents.adopt_words(table, used, runs)
                     if stamp:
                         node.mtime = stamp
                         node.ctime = max(node.ctime, stamp)
-                    runs += [(place, count) for _, place, count in contents.extents]
             elif isinstance(node, Directory):
                 parent_node = nodes.get(self._parents[node.ino], nodes[1])  # of a removed one it may be gone
                 assert isinstance(parent_node, Directory)

@@ -1,8 +1,8 @@
 """The whole state of a memfs as records, for the compaction of its journal: node by node, while requests change it.
 
-A node is told in one record, a directory's names in several behind it. Whatever changes meanwhile is in the
-journal behind what was told before the change; what changes before it is told is skipped there (load.py).
-Called by the journal, a few records at each append.
+A node is told in one record; when all are told the names follow, a directory's in several records. Whatever changes
+meanwhile is in the journal behind what was told before the change; what changes before it is told is skipped
+there (load.py). Called by the journal, a few records at each append.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ _CHUNK = 64  # names in one record
 def take(tree: Tree) -> Iterator[bytes]:
     """Yield the records that make this tree."""
     yield records.state.pack(records.STATE, tree.last_ino)
+    directories = []
     for ino in list(tree.nodes):
         node = tree.nodes.get(ino)
         if node is None:
             continue  # gone meanwhile
         yield node_record(node)
         if isinstance(node, Directory):
-            yield from _names(node)
+            directories.append(node)
+    # Names behind nodes, because reading a name whose node is known already is quicker.
+    for directory in directories:
+        yield from _names(directory)
 
 
 def node_record(node: Node) -> bytes:

@@ -34,6 +34,8 @@ _NOREPLACE, _EXCHANGE = 1, 2
 
 _FREEZE = 4096
 
+_pack_create, _pack_unlink, _pack_rename = records.create.pack, records.unlink.pack, records.rename.pack
+
 NodeT = TypeVar("NodeT", bound=Node)
 
 
@@ -155,7 +157,8 @@ class Tree:
 
     def _enter(self, parent: Directory, name: bytes, node: NodeT, size: int, more: bytes) -> NodeT:
         """Commit and enter a new node, which takes *size* bytes; *more* is what its record has behind the name."""
-        self.space.require_inode(size)
+        space = self.space
+        space.require_inode(size)
         ino = node.ino
         now = node.ctime
         if more:
@@ -165,11 +168,12 @@ class Tree:
             )  # fmt: skip
             self._append(head + name + more)
         else:
-            head = records.create.pack(
+            head = _pack_create(
                 records.CREATE, node.mode, node.uid, node.gid, node.rdev, ino, parent.ino, parent.next_offset, now
             )
             self._append(head + name)
-        self.space.take_inode(size)
+        space.inodes_left -= 1
+        space.left -= size
         self.last_ino = ino  # never used again, not even after the node is gone
         self.nodes[ino] = node
         node.nlink = 1
@@ -218,10 +222,10 @@ class Tree:
 
     def _remove(self, parent: Directory, name: bytes, node: Node, flags: int) -> None:
         now = time.time_ns()
-        is_gone = self._goes(node)
+        is_gone = not node.lookups and self._goes(node)
         if is_gone:
             flags |= records.IS_GONE
-        self._append(records.unlink.pack(records.UNLINK, flags, parent.ino, node.ino, now) + name, frees=True)
+        self._append(_pack_unlink(records.UNLINK, flags, parent.ino, node.ino, now) + name, True)
         parent.remove(name)
         node.ctime = parent.mtime = parent.ctime = now
         self._unlinked(node, is_gone)
@@ -259,11 +263,11 @@ class Tree:
                 if is_gone:
                     marks |= records.IS_GONE
         now = time.time_ns()
-        head = records.rename.pack(
+        head = _pack_rename(
             records.RENAME, marks, len(name), parent.ino, new_parent.ino, node.ino, 0 if old is None else old.ino,
             new_parent.next_offset, now,
         )  # fmt: skip
-        self._append(head + name + new_name, frees=old is not None)
+        self._append(head + name + new_name, old is not None)
         if flags & _EXCHANGE:
             assert old is not None
             parent.exchange(name, old)

@@ -10,20 +10,17 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-import test_mounts
 import trio
-from test_mounts import Stage, gone, state_of
+from staging import Stage, generation_of, gone
 
 from udf.supervisor.channel import Channel
-from udf.supervisor.instance import Instance, Reason, State
+from udf.supervisor.child import Child
+from udf.supervisor.instance import Instance, Reason
 from udf.supervisor.mounts import Mount
 from udf.supervisor.output import Output
 from udf.supervisor.plan import MountPlan, StartFailedError
 from udf.supervisor.process import Process
-from udf.supervisor.spawn import Child
 from udf.supervisor.trace import Operation, TraceFeed
-
-stage = test_mounts.stage  # the fixture
 
 PARTS = frozenset({Mount, Instance, Process, Child, Channel, Output, TraceFeed, MountPlan, StartFailedError})
 
@@ -66,7 +63,7 @@ async def live_and_end(stage: Stage, end: str) -> trio.Event:
             assert instance.pid is not None
             os.kill(instance.pid, signal.SIGKILL)
             if end == "driver":
-                await state_of(mount, State.FAILED)
+                await generation_of(mount, 2)
     await mount.counters()
     await mount.unmount(Reason.OPERATOR, lazy=False)
     await gone(mount)

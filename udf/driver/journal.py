@@ -32,6 +32,7 @@ _FORMAT = int.from_bytes(b"udfstor1", "little")  # the last letter is the versio
 
 _FRAME = struct.Struct("=II")  # length, CRC32
 _HEAD = _FRAME.size
+_frame = _FRAME.pack
 
 _FLOOR = 1 << 20  # a journal that is smaller is not worth a compaction
 _SLICE = 4  # records of a snapshot that one append copies
@@ -77,8 +78,7 @@ class Journal:
             raise UserError("the state store was written by a version of udf that this one cannot read")
         self._activate(words[_ACTIVE] & 1)
         if not fresh:  # a compaction that was killed may have left memory in the other journal
-            self._punch = limit
-            self._due = 0
+            give_back(self._maps[1 - self._active], 0, limit)
         if self._end > limit:
             raise UserError(f"the state store holds {self._end} bytes of records, more than its limit of {limit}")
         found = words[_SCHEMA + self._active * _SECOND]
@@ -127,20 +127,27 @@ class Journal:
             at = stop
 
     def compact_with(self, snapshot: Snapshot) -> None:
-        """Allow compaction: *snapshot* gives an iterator of records that make the state, evaluated bit by bit."""
-        self._snapshot = snapshot
+        """Allow compaction: *snapshot* gives an iterator of records that make the state, evaluated bit by bit.
 
-    def append(self, record: bytes, *, frees: bool = False) -> None:
+        Called when the state is loaded. If processes died so fast that no compaction came to its end, it is done now,
+        because a journal that is read again and again costs more.
+        """
+        self._snapshot = snapshot
+        if self._end > 2 * self._due:
+            self.compact()
+
+    def append(self, record: bytes, frees: bool = False) -> None:
         """Commit a record, before the change that it tells of is made in memory; a whole batch can be one record.
 
         OSError(ENOSPC), and nothing is changed, when there is no room. Records that free something have a reserve.
         """
+        length = len(record)
         at = self._end
-        end = at + _HEAD + len(record)
+        end = at + _HEAD + length
         if end > self._room:
-            at = self._make_room(len(record), frees)
-            end = at + _HEAD + len(record)
-        self._memory[at:end] = _FRAME.pack(len(record), crc32(record)) + record
+            at = self._make_room(length, frees)
+            end = at + _HEAD + length
+        self._memory[at:end] = _frame(length, crc32(record)) + record
         self._words[self._commit] = end
         self._end = end
         if end > self._due:
@@ -215,7 +222,7 @@ class Journal:
             self._source = None
             self._due = self._limit
             return False
-        self._maps[1 - self._active][at:end] = _FRAME.pack(len(record), crc32(record)) + record
+        self._maps[1 - self._active][at:end] = _frame(len(record), crc32(record)) + record
         self._copied = end
         return True
 

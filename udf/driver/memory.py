@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 DESCRIPTORS = 1  # how many travel beside the link in `start` and `take_over`
 
@@ -41,7 +42,8 @@ class Memory:
             raise ValueError(f"a state store has {DESCRIPTORS} descriptors, not {len(fds)}")
         self._fd = None if fds is None else fds[0]
         self._maps: list[mmap.mmap] = []
-        self.header = memoryview(self.map(HEADER, HEADER_SIZE)).cast("Q")
+        self._views: list[memoryview[int]] = []
+        self.header = self.words(HEADER, HEADER_SIZE // 8, "Q")
 
     def map(self, region: int, size: int) -> mmap.mmap:
         """Map the first *size* bytes of a region; what was never written reads as zeros."""
@@ -56,9 +58,16 @@ class Memory:
         self._maps.append(mapped)
         return mapped
 
+    def words(self, region: int, count: int, kind: Literal["q", "Q"]) -> memoryview[int]:
+        """Map the first *count* words of a region, signed (q) or not (Q)."""
+        view = memoryview(self.map(region, count * 8)).cast(kind)
+        self._views.append(view)
+        return view
+
     def close(self) -> None:
-        """Let go of descriptors and mappings; nobody may use a view of them any more."""
-        self.header.release()
+        """Let go of descriptors and mappings; nobody may have a view of them any more."""
+        for view in self._views:
+            view.release()
         for mapped in self._maps:
             mapped.close()
         if self._fd is not None:

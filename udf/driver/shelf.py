@@ -118,7 +118,7 @@ class StoreFile:
         if offset < 0 or size < 0:
             raise OSError(errno.EINVAL, "negative size or offset")
         end = min(offset + size, self.size)
-        view = self._shelf.view
+        view = self._shelf.arena
         parts = []
         while offset < end:
             count = min(end - offset, PAGE - offset % PAGE)
@@ -147,12 +147,12 @@ class StoreFile:
         for i, place in zip(missing, shelf.take(len(missing)), strict=True):
             places[i] = place
             if i == 0 or i == len(places) - 1:
-                shelf.view[(place - 1) * PAGE : place * PAGE] = _ZEROS
+                shelf.arena[(place - 1) * PAGE : place * PAGE] = _ZEROS
         at = offset
         for place in places:
             count = min(end - at, PAGE - at % PAGE)
             to = (place - 1) * PAGE + at % PAGE
-            shelf.view[to : to + count] = source[at - offset : at - offset + count]
+            shelf.arena[to : to + count] = source[at - offset : at - offset + count]
             at += count
         if changed:
             shelf.journal.append(_encode(_Pages(self._name, size, first, places)))
@@ -195,7 +195,7 @@ class StoreFile:
         """See to it that bytes behind the end are zeros, which a kill may have prevented."""
         place = self._place(self.size // PAGE)
         if self.size % PAGE and place:
-            self._shelf.view[(place - 1) * PAGE + self.size % PAGE : place * PAGE] = _ZEROS[self.size % PAGE :]
+            self._shelf.arena[(place - 1) * PAGE + self.size % PAGE : place * PAGE] = _ZEROS[self.size % PAGE :]
 
     def used(self) -> Iterator[int]:
         """Yield the arena's pages of this file."""
@@ -217,8 +217,7 @@ class Shelf:
 
     def __init__(self, journal: Journal, arena: mmap.mmap) -> None:
         self.journal = journal
-        self.view = memoryview(arena)
-        self._arena = arena
+        self.arena = arena
         self._dicts: dict[str, StoreDict] = {}
         self._files: dict[str, StoreFile] = {}
         for data in journal.replay():
@@ -226,8 +225,8 @@ class Shelf:
         used = {place for file in self._files.values() for place in file.used()}
         self._top = max(used, default=0)  # pages are counted from 1, pages above have never been used or are free
         self._free = [place for place in range(self._top, 0, -1) if place not in used]
-        if self._top * PAGE > len(self.view):
-            raise UserError(f"the files of the state store need more than its limit of {len(self.view)} bytes")
+        if self._top * PAGE > len(self.arena):
+            raise UserError(f"the files of the state store need more than its limit of {len(self.arena)} bytes")
         give_back(arena, self._top * PAGE, len(arena))
         for file in self._files.values():
             file.zero_tail()
@@ -289,7 +288,7 @@ class Shelf:
 
     def take(self, count: int) -> list[int]:
         """Take *count* pages with arbitrary bytes in them, or raise ENOSPC and take none."""
-        if count > len(self._free) + len(self.view) // PAGE - self._top:
+        if count > len(self._free) + len(self.arena) // PAGE - self._top:
             raise OSError(errno.ENOSPC, "the files of the state store are full")
         old = min(count, len(self._free))
         taken = [self._free.pop() for _ in range(old)]
@@ -304,5 +303,5 @@ class Shelf:
         start = 0
         for i in range(1, len(places) + 1):
             if i == len(places) or places[i] != places[i - 1] + 1:
-                give_back(self._arena, (places[start] - 1) * PAGE, places[i - 1] * PAGE)
+                give_back(self.arena, (places[start] - 1) * PAGE, places[i - 1] * PAGE)
                 start = i

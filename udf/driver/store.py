@@ -85,7 +85,7 @@ class Store:
 
     def table(self, count: int) -> memoryview[int]:
         """Map *count* signed words of 64 bits; setting one is done entirely or not at all."""
-        return memoryview(self._memory.map(TABLE, count * 8)).cast("q")
+        return self._memory.words(TABLE, count, "q")
 
     def close(self) -> None:
         """Let go of all memory; what was got from this store must not be used any more."""

@@ -31,7 +31,6 @@ KINDS = ("fs",)
 KNOWN_KINDS = ("block", "usb")  # words of the design that this version does not serve yet
 SOURCES = ("none", "directory", "file", "device", "url", "any")
 OPEN_POLICIES = ("known", "lazy", "driver")
-STABILITIES = ("stable", "volatile")
 DURABILITIES = ("source", "store", "none")
 STABILITIES = ("stable", "volatile")
 OPTION_TYPES = ("str", "int", "float", "bool", "size", "path")
@@ -127,10 +126,10 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
         if key not in values:
             raise refuse(key, "is missing: every manifest of this kind needs it")
     if foreign:
+        values.setdefault("inodes", "volatile")  # programs that number their files as they meet them are common
         _check_command(values["command"], options if isinstance(options, dict) else {}, values, refuse)
-        if values.get("durability") == "store":
-            raise refuse("durability", 'is "store", which only a Python driver can have: a program has no state store')
-        values.setdefault("inodes", "volatile")  # libfuse counts its own, unless the program is told otherwise
+    if foreign and values.get("durability") == "store":
+        raise refuse("durability", 'is "store", which only a Python driver can have: a program has no state store')
     if values.get("durability") == "store" and isinstance(options, dict) and "store" in options:
         raise refuse("option.store", "has the name by which a driver with a state store is given it: choose another")
     return Manifest(
