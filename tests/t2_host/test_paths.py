@@ -304,4 +304,4 @@ def test_what_is_only_hidden_is_gone_after_an_orderly_end(host: Host, drivers: P
     host.link.unlink("file")
     host.process.terminate()
     assert host.wait() == 0
-    assert (tmp_path / "log").read_text().startswith("/.udf-hidden-")
+    assert (tmp_path / "log").read_text().startswith("/.udf-open-")

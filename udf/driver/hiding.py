@@ -13,7 +13,7 @@ import secrets
 from udf.driver.fs import FsDriver
 from udf.driver.tree import Node, Tree
 
-HIDDEN_PREFIX = ".udf-hidden-"
+HIDDEN_PREFIX = ".udf-open-"  # not the shim's, which hides files itself where it can, so that they outlive us
 
 
 class Hiding:

@@ -57,7 +57,9 @@ def open_(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     policy = s.config.open
     known = nodes.flags[slot]
     needed = OPENED_DIR if is_dir else NEEDED.get(flags & os.O_ACCMODE, OPENED_READ | OPENED_WRITE)
-    if policy == "lazy" or (known & needed == needed and policy == "known"):
+    # df opens the mountpoint: without a driver, directories are opened as if it had let us before.
+    is_known = known & needed == needed or (is_dir and not s.connected)
+    if policy == "lazy" or (is_known and policy == "known"):
         s.counters.open_hits += 1
         handle = s.handles.add(slot, flags, is_dir, None)
         nodes.opens[slot] += 1

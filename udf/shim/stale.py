@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
-from udf.fuse.structs import ATTR_OUT, GETATTR_IN, STATFS_OUT
+from udf.fuse.structs import ATTR_OUT, GETATTR_IN, GETXATTR_IN, GETXATTR_OUT, STATFS_OUT
 from udf.shim.graph import ATTR_SIZE, ROOT
 from udf.shim.inflight import Ask
 from udf.shim.nodes import BadEntry
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from udf.shim.service import Service
 
 _ATTR_HEAD = Struct("=QI4x")
+_LISTED = (b"system.posix_acl_access", b"system.posix_acl_default", b"security.selinux")  # what ls -l asks for
 
 
 def stale_attributes(s: Service, slot: int) -> bytes | None:
@@ -29,7 +30,7 @@ def stale_attributes(s: Service, slot: int) -> bytes | None:
 
     An old size would not only be wrong: the kernel cuts the file's pages to it.
     """
-    if not is_unchanged(s, slot):
+    if not (is_unchanged(s, slot) or (slot == ROOT and s.nodes.mode(ROOT))):  # ls of the parent asks for the root
         return None
     return _ATTR_HEAD.pack(0, 0) + bytes(s.nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
 
@@ -53,6 +54,13 @@ def first_looks(s: Service) -> Steps:
     error, reply = yield Ask(Opcode.STATFS, ROOT, b"")
     if not error and len(reply) == STATFS_OUT.size and s.statfs is None:
         s.statfs = reply
+    for name in _LISTED:
+        question = GETXATTR_IN.pack(0) + name + b"\0"
+        error, reply = yield Ask(Opcode.GETXATTR, ROOT, question)
+        if not error and len(reply) != GETXATTR_OUT.size:
+            return
+        number = s.refused.get(Opcode.GETXATTR, error)
+        s.remembered.keep(ROOT, Opcode.GETXATTR, question, number, reply)
     error, reply = yield Ask(Opcode.GETATTR, ROOT, bytes(GETATTR_IN.size))
     if not error and len(reply) == ATTR_OUT.size and not s.nodes.mode(ROOT):
         attributes = bytearray(reply)
