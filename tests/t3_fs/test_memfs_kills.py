@@ -387,40 +387,67 @@ def loading_steps(fd: int) -> int:
     return count - 5
 
 
-def test_a_write_that_is_killed_harms_nothing_else_and_can_be_done_again(fd: int) -> None:
-    old = bytes(range(256)) * 40  # two and a half pages
-    new = b"\xaa" * (3 * PAGE)
-    at = PAGE + 100
+WRITES = {
+    "over what is there": (100, 5000),
+    "behind the end, in its page": (10_100, 2000),
+    "over the end": (PAGE + 100, 3 * PAGE),
+    "into a hole": (21 * PAGE, 3 * PAGE + 5),
+    "far behind": (40 * PAGE + 7, 100),
+    "between two extents": (19 * PAGE + 50, 3 * PAGE),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_that_is_killed_harms_nothing_else_and_can_be_done_again(fd: int, name: str) -> None:
+    at, length = WRITES[name]
+    old = b"1" * 10_000 + bytes(20 * PAGE - 10_000) + b"2" * PAGE
+    if name in ("behind the end, in its page", "over the end"):
+        old = old[:10_000]
+    new = b"n" * length
 
     def prepared() -> int:
         fs = opened(fd)
+        for number in range(12):  # so that what is free is not zero
+            run(fs.create(1, b"%d" % number, 0o100644, os.O_RDWR, ROOT))
+            run(fs.write(number + 2, 0, b"dirty" * 3000))
+        for number in range(12):
+            run(fs.unlink(1, b"%d" % number, ROOT))
+            forget_nameless(fs)
+        fs._journal.compact()
         ino = run(fs.create(1, b"f", 0o100644, os.O_RDWR, ROOT))[1].st_ino
-        run(fs.write(ino, 0, old))
-        return int(ino)
+        run(fs.write(ino, 0, old[:10_000]))
+        if len(old) > 10_000:
+            run(fs.write(ino, 20 * PAGE, old[20 * PAGE :]))
+        forget_nameless(fs)
+        return loading_steps(fd)
 
     def work(_: int) -> Callable[[], int]:
-        os.ftruncate(fd, 0)
-        in_child(prepared)
-        return lambda: int(run(opened(fd).write(2, at, new)))
+        copy(source, fd)
+        return lambda: int(run(opened(fd).write(14, at, new)))
 
-    def check() -> set[int]:
+    def check() -> str:
         fs = opened(fd)
         picture(fs)
-        text = bytes(run(fs.read(2, 0, 1 << 20)))
-        assert text[:at] == old[:at]
-        assert len(text) in (len(old), at + len(new))
-        for i, byte in enumerate(text[at:], at):
-            assert byte in ({old[i], 0xAA} if i < len(old) else {0, 0xAA})
-        run(fs.write(2, at, new))
-        assert bytes(run(fs.read(2, 0, 1 << 20))) == old[:at] + new
-        picture(opened(fd))
-        return {len(text)}
+        text = bytes(run(fs.read(14, 0, 1 << 20)))
+        assert len(text) in (len(old), max(len(old), at + length))
+        for i, byte in enumerate(text):
+            was = old[i] if i < len(old) else 0
+            assert byte in ({was, ord("n")} if at <= i < at + length else {was}), f"byte {i} is {byte}"
+        run(fs.write(14, at, new))
+        done = (old.ljust(at, b"\0"))[:at] + new + old[at + length :]
+        assert bytes(run(fs.read(14, 0, 1 << 20))) == done
+        assert picture(fs) == picture(opened(fd))
+        return "old" if text == old else "new" if text == done else "part"
 
-    lengths: set[int] = set()
-    work(0)
-    for _, _result in steps(work, files=CODE, first=in_child(lambda: 0), stride=29):
-        lengths |= in_child(check)
-    assert lengths == {len(old), at + len(new)}
+    first = in_child(prepared)
+    (source,) = create_memfds("prepared")
+    try:
+        copy(fd, source)
+        seen = [in_child(check) for _ in steps(work, files=CODE, lines=True, first=first)]
+    finally:
+        os.close(source)
+    assert seen[0] == "old"
+    assert seen[-1] == "new"
 
 
 def test_what_is_open_without_a_name_is_kept_until_the_whole_count_is_forgotten(fd: int) -> None:
