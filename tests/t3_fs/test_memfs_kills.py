@@ -410,9 +410,9 @@ def test_a_write_that_is_killed_harms_nothing_else_and_can_be_done_again(fd: int
         for number in range(12):  # so that what is free is not zero
             run(fs.create(1, b"%d" % number, 0o100644, os.O_RDWR, ROOT))
             run(fs.write(number + 2, 0, b"dirty" * 3000))
-        for number in range(12):
+        for number in range(11):  # the last one stays: what is free behind all files is zero for the next process
             run(fs.unlink(1, b"%d" % number, ROOT))
-            forget_nameless(fs)
+        forget_nameless(fs)
         fs._journal.compact()
         ino = run(fs.create(1, b"f", 0o100644, os.O_RDWR, ROOT))[1].st_ino
         run(fs.write(ino, 0, old[:10_000]))
