@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from udf.fuse.flags import Init
-from udf.fuse.mount import FSTYPE, MountOptions, is_stale, mount_direct, read_mountinfo
+from udf.fuse.mount import FSTYPE, MountOptions, find_mount, is_stale, mount_direct, read_mountinfo
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, INIT_IN
 
@@ -149,7 +149,11 @@ def _kernel() -> Iterator[Finding]:
     if probe.error:
         root = os.geteuid() == 0
         fix = "in a container, add `--cap-add SYS_ADMIN` and an AppArmor profile that allows mount" if root else ""
-        yield Finding("kernel", "bad" if root else "note", f"{release}; {probe.error}", fix, needed=root)
+        text = probe.error
+        if root and _in_plain_chroot():
+            text = "in this chroot / is no mount point, so no driver can be given a view of the mounts of its own"
+            fix = "run `mount --bind DIR DIR` before `chroot DIR`, or run udf outside of the chroot"
+        yield Finding("kernel", "bad" if root else "note", f"{release}; {text}", fix, needed=root)
         return
     protocol = f"{release}, FUSE protocol {probe.major}.{probe.minor}"
     if (probe.major, probe.minor) < (7, OLDEST_MINOR):
@@ -163,6 +167,15 @@ def _kernel() -> Iterator[Finding]:
             yield Finding(
                 flag.name or "", "note", f"not offered by this kernel: no {use}", f"use Linux {since} or newer"
             )
+
+
+def _in_plain_chroot() -> bool:
+    """Whether / is no mount point: its propagation cannot be changed then (EINVAL), which every start of a driver by
+    root does, and the kernel gives users no namespaces (EPERM)."""
+    try:
+        return find_mount("/") is None
+    except OSError:
+        return False  # without /proc nobody knows
 
 
 def probe_init() -> Probe:
@@ -295,7 +308,7 @@ def _namespaces() -> Iterator[Finding]:
         }
         wrong = [name for name, good in switches.items() if _sysctl(name) not in ("", good)]
         fix = "; ".join(f"run `sysctl {n.replace('/', '.')}={switches[n]}` as root" for n in wrong) or (
-            "set user.max_user_namespaces above 0 as root"
+            "run udf outside of the chroot" if _in_plain_chroot() else "set user.max_user_namespaces above 0 as root"
         )
     yield Finding("namespaces", "note", text, fix)
 

@@ -54,7 +54,7 @@ class Mount(Message, tag="mount"):
     recover: bool = False  # the driver's death is not the end: requests are parked until `attach` or `fail`
     hide: bool = True  # a file that is removed while open is kept under a hidden name
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
-    stable_inodes: bool = True  # its inode numbers do, so that a file which is found again can be told from another
+    inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
 
 
@@ -298,6 +298,10 @@ class Started(Message, tag="started"):
     pid: int
 
 
+class Warm(Message, tag="warm"):
+    """A spare is as ready as it can be without its link; heartbeats follow until its turn comes."""
+
+
 class Ready(Message, tag="ready"):
     """The driver serves. `mount_options` are those a foreign program gave to its fusermount."""
 
@@ -325,7 +329,47 @@ class HostFault(Message, tag="fault"):
     traceback: str = ""
 
 
-FromHost = Started | Ready | HostFailed | HostHeartbeat | HostFault
+FromHost = Started | Warm | Ready | HostFailed | HostHeartbeat | HostFault
+
+
+# ---- a host's anchor -> supervisor, on the report socket, which no driver has
+
+
+class Tree(Message, tag="tree"):
+    """The host's processes are about to be started; comes with a pidfd of the first of them.
+
+    `private`: they are a PID namespace, so that with the first all of them have ended. Otherwise the first ends the
+    others before it ends itself, unless it is killed.
+    """
+
+    private: bool
+
+
+class Ended(Message, tag="ended"):
+    """How the driver ended: its exit status, minus the signal if one ended it; its largest resident set in KiB.
+
+    The rest of its processes end in this moment; when they are gone, the pidfd tells.
+    """
+
+    status: int
+    max_rss: int = 0
+
+
+FromAnchor = Tree | Ended
+
+
+# ---- supervisor -> a process that was forked ahead (its report socket), and its answer
+
+
+class Become(Message, tag="become"):
+    """Be a host now; comes with its control socket and its output."""
+
+    name: str
+    environment: dict[str, str]
+
+
+class Standing(Message, tag="standing"):
+    """A process that can become a host; the kernel adds its pid."""
 
 
 _encoder = msgspec.json.Encoder()
@@ -333,6 +377,7 @@ _to_shim: msgspec.json.Decoder[ToShim] = msgspec.json.Decoder(ToShim)
 _from_shim: msgspec.json.Decoder[FromShim] = msgspec.json.Decoder(FromShim)
 _to_host: msgspec.json.Decoder[ToHost] = msgspec.json.Decoder(ToHost)
 _from_host: msgspec.json.Decoder[FromHost] = msgspec.json.Decoder(FromHost)
+_from_anchor: msgspec.json.Decoder[FromAnchor] = msgspec.json.Decoder(FromAnchor)
 
 
 def encode(message: Message) -> bytes:
@@ -364,6 +409,11 @@ def decode_to_host(data: bytes) -> ToHost:
 def decode_from_host(data: bytes) -> FromHost:
     """What a driver host sent."""
     return _decode(_from_host, data, "driver host")
+
+
+def decode_from_anchor(data: bytes) -> FromAnchor:
+    """What a host's anchor sent on its report socket."""
+    return _decode(_from_anchor, data, "driver host")
 
 
 def _decode(decoder: msgspec.json.Decoder[_T], data: bytes, sender: str) -> _T:

@@ -11,6 +11,7 @@
 # acl = true
 # open = "known"
 # durability = "source"
+# inodes = "generation"
 #
 # [option.timeout]
 # type = "float"
@@ -44,7 +45,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from . import calls, large
 from .nodes import Node, Nodes
-from .replies import Listing, attributes, filesystem, refusal
+from .replies import Listing, attributes, entry_of, filesystem, refusal
 
 # What an open for I/O keeps of the caller's flags. O_APPEND: the kernel gives offsets. O_DIRECT: our buffers are not
 # aligned. O_CREAT, O_EXCL: the file exists. O_NOFOLLOW: would refuse the descriptor's link in /proc.
@@ -78,7 +79,7 @@ class Passthrough(pyfuse3.Operations):
         """The reply of whatever binds a name to a node: counts one lookup."""
         node, st = self._nodes.enter(parent, name)
         node.lookups += 1
-        return attributes(node.id, st, self._timeout)
+        return entry_of(node, st, self._timeout)
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         try:
@@ -227,7 +228,7 @@ class Passthrough(pyfuse3.Operations):
             raise refusal(e) from None
         node.lookups += 1
         self._files[fh] = node
-        return FileInfo(fh=fh, keep_cache=True), attributes(node.id, st, self._timeout)
+        return FileInfo(fh=fh, keep_cache=True), entry_of(node, st, self._timeout)
 
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         return self._make(parent_inode, name, ctx, lambda directory: os.mknod(name, mode, rdev, dir_fd=directory))

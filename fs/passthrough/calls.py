@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import struct
 
@@ -74,6 +75,13 @@ def handle_of(directory: int, name: bytes) -> tuple[int, bytes]:
     if _name_to_handle_at(directory, name, _handle_address, _mount_id_address, flags):
         raise _failure()
     return _mount_id.value, ctypes.string_at(_handle_address, 8 + _handle_size.value)
+
+
+def number_of(handle: bytes) -> int:
+    """A number that no other file's handle has: the handle itself where it is short (ext4: inode and generation)."""
+    opaque = handle[8:]
+    short = opaque if len(opaque) <= 8 else hashlib.blake2b(opaque, digest_size=8).digest()
+    return int.from_bytes(short, "little")
 
 
 def open_handle(mount: int, handle: bytes, flags: int) -> int:

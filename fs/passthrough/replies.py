@@ -25,6 +25,17 @@ def refusal(e: OSError) -> FUSEError:
     return FUSEError(e.errno or errno.EIO)
 
 
+def entry_of(node: Node, st: os.stat_result, timeout: float) -> EntryAttributes:
+    """What is said of a name. By the generation, made of its handle, a file is known again in each run of the driver.
+
+    Its number is not enough: it may be given to another file, and a second bearer gets another node id in this run.
+    """
+    entry = attributes(node.id, st, timeout)
+    if node.handle is not None:
+        entry.generation = calls.number_of(node.handle)
+    return entry
+
+
 def attributes(node_id: int, st: os.stat_result, timeout: float) -> EntryAttributes:
     """What a stat result says, under the node's id."""
     entry = EntryAttributes()
@@ -101,7 +112,7 @@ class Listing:
                 node, st = nodes.enter(self.node.id, name)
         except OSError:
             return True  # gone since, or a mount point
-        if pyfuse3.readdir_reply(token, name, attributes(node.id, st, self._timeout), following):
+        if pyfuse3.readdir_reply(token, name, entry_of(node, st, self._timeout), following):
             node.lookups += 1
             return True
         nodes.drop_unused(node)

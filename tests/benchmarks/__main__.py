@@ -16,7 +16,7 @@ import time
 import traceback
 from types import FrameType
 
-from tests.benchmarks import glue, leaks, machine, memory, parallel, sequential, spin, tree
+from tests.benchmarks import glue, leaks, machine, memory, parallel, pause, sequential, spin, tree
 from tests.benchmarks.lab import Lab
 from tests.benchmarks.report import Result
 
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "tree": tree.run,
     "parallel": parallel.run,
     "spin": spin.run,
+    "pause": pause.run,
     "memory": memory.run,
     "leaks": leaks.run,
 }
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--dir", metavar="FOLDER", help="where the scratch folder is made (default: TMPDIR or /tmp)")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of pages and sizes (default: 1)")
+    parser.add_argument("--before", metavar="FOLDER", help="another checkout, whose UDF takes part too")
     parser.add_argument("--nice", type=int, default=0, help="priority of everything that is measured (default: 0)")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
@@ -62,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
     results: list[Result] = []
     failed: list[str] = []
     start = time.perf_counter()
-    with Lab(quick=arguments.quick, folder=arguments.dir, seed=arguments.seed) as lab:
+    with Lab(quick=arguments.quick, folder=arguments.dir, seed=arguments.seed, before=arguments.before) as lab:
         print(f"sources on {machine.filesystem_of(lab.root)}; seed {arguments.seed}; nice {arguments.nice}")
         for peer in lab.peers():
             print(f"  {peer.name:12} {peer.text}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tests.benchmarks import clients, lab, machine
-from tests.benchmarks.lab import DIRECT, UDF, C, Lab
+from tests.benchmarks.lab import BEFORE, DIRECT, UDF, C, Lab
 from tests.benchmarks.peers import Mount
 from tests.benchmarks.report import Result, Series, Table, at_least, at_most, compared, median, micro, times
 
@@ -22,6 +22,7 @@ MEASURES = {
 }
 GLUE_LIMIT = 1.3
 WARM_SHARE = 0.9
+COST_LIMITS = {"cold read": 1.05, "cold stat": 1.05, "create": 1.15}  # against the checkout before
 
 
 @dataclass
@@ -89,6 +90,9 @@ def run(the_lab: Lab) -> Result:
             result.targets.append(
                 at_most(f"{title}, {UDF} against direct", compared(series, UDF, DIRECT), GLUE_LIMIT, " x")
             )
+        if BEFORE in series and key in COST_LIMITS:
+            ratio = compared(series, UDF, BEFORE)
+            result.targets.append(at_most(f"{title}, {UDF} against {BEFORE}", ratio, COST_LIMITS[key], " x"))
         if key in ("warm read", "warm stat"):
             share = compared(series, C, UDF)
             result.targets.append(at_least(f"{title}, speed of {UDF} against C", share, WARM_SHARE, " x"))

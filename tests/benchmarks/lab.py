@@ -25,16 +25,19 @@ from udf.shim.spin import Spin
 MIB = 1 << 20
 PAGE = 4096
 C, DIRECT, SPIN, NOSPIN = "C", "direct", "UDF spin", "UDF nospin"  # names of contestants
+BEFORE = "UDF before"  # of another checkout, if one is given
 UDF = SPIN if Spin(None).enabled else NOSPIN  # as a user gets it: the one that targets are about
 
 
 class Lab:
     """One run's scratch folder and contestants."""
 
-    def __init__(self, *, quick: bool, folder: str | None, seed: int) -> None:
+    def __init__(self, *, quick: bool, folder: str | None, seed: int, before: str | None = None) -> None:
         self.quick = quick
         self.random = random.Random(seed)
         self.daemon = Daemon()
+        self._before = before
+        self._daemon_before = Daemon(before, "before") if before else None
         self.skipped: dict[str, list[str]] = {}
         self.counter: RequestCounter | None = None
         self.why_not_counted = ""
@@ -49,6 +52,10 @@ class Lab:
             self.root = Path(os.path.realpath(tempfile.mkdtemp(prefix="udf-bench-", dir=self._folder)))
             stack.callback(self._remove)
             stack.callback(self.daemon.stop)
+            before: list[Peer] = []
+            if self._daemon_before is not None:
+                stack.callback(self._daemon_before.stop)
+                before.append(peers.Udf(self._daemon_before, "spin", before=str(self._before)))
             counter = stack.enter_context(machine.request_counter())
             if isinstance(counter, str):
                 self.why_not_counted = counter
@@ -62,6 +69,7 @@ class Lab:
                 peers.Direct("udf"),
                 peers.Udf(self.daemon, "spin"),
                 peers.Udf(self.daemon, "nospin"),
+                *before,
             )
             self._stack = stack.pop_all()
         return self

@@ -1,4 +1,11 @@
-"""What is left after many mounts: descriptors, processes, mounts, files, memory of the daemon."""
+"""What is left after many mounts: descriptors, processes, mounts, memory of the daemon.
+
+Memory is judged as pages from outside, and only once the daemon is warm: its log of events is full (it keeps the last
+1,000; a mount makes 9), and it has had as many mounts at once as it will have again (pages that were needed once are
+kept for reuse). Then the same work is done in rounds, and all but the largest growth count: a leak grows in every
+round, a table of the interpreter that doubles (that of interned strings: 533 KiB) does so in one. Pages cannot tell a
+small leak from fragments: that no object of an ended mount stays is shown by tests/t4_supervisor/test_freed.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -15,7 +23,7 @@ from tests.benchmarks.report import Result, Table, Target, median, percentile
 from udf.cli.holders import describe
 from udf.supervisor.client import Connection, ControlError
 
-MEMORY_LIMIT = 1024.0  # KiB; a leak of 16 KiB for each mount would show
+MEMORY_LIMIT = 200.0  # KiB over four rounds of 40 or 50 mounts: about 1 for each; its objects are 10 and more
 SETTLE = 5.0
 LANES = 4  # threads that mount at the same time
 TRIES = 50
@@ -33,7 +41,7 @@ class _Held:
 
 
 def run(the_lab: Lab) -> Result:
-    cycles, warming, at_once = (12, 4, 8) if the_lab.quick else (200, 20, 50)
+    warming, rounds, cycles, at_once = (4, 3, 4, 8) if the_lab.quick else (120, 5, 40, 50)
     result = Result("leaks")
     if not the_lab.peers([UDF]):
         result.notes.append(the_lab.why_missing(UDF))
@@ -42,37 +50,49 @@ def run(the_lab: Lab) -> Result:
     (source / "file").write_text("here\n")
     mounts = _Mounts(the_lab.daemon.socket, source)
     points = [the_lab.folder(f"point-{number}") for number in range(at_once)]
-    table = Table("held by the daemon", ["", *(f.name if f.name != "kib" else "own KiB" for f in fields(_Held))])
-    held: dict[str, _Held] = {}
+    start = _held(the_lab)
+    cycled: list[_Held] = []
+    crowded: list[_Held] = []
     with ThreadPoolExecutor(LANES, initializer=mounts.connect) as lanes:
         try:
             list(lanes.map(mounts.cycle, points[:LANES], [warming // LANES] * LANES))
-            held[f"after {warming} cycles"] = _settled(the_lab)
-            list(lanes.map(mounts.cycle, points[:LANES], [(cycles - warming) // LANES] * LANES))
-            held[f"after {cycles} cycles"] = _settled(the_lab)
             list(lanes.map(mounts.mount, points))
-            held[f"{at_once} mounts at once"] = _held(the_lab)
+            full = _held(the_lab)
             resident = [machine.memory(pid).own for pid in machine.descendants(the_lab.daemon.pid)]
             list(lanes.map(mounts.unmount, points))
-            held["after their unmount"] = _settled(the_lab)
-            # A second time: what is kept for reuse is not a leak, what grows again is.
-            list(lanes.map(mounts.mount, points))
-            list(lanes.map(mounts.unmount, points))
-            held["and once more"] = _settled(the_lab)
+            warm = _settled(the_lab)
+            mounts.times.clear()
+            for _ in range(rounds):
+                list(lanes.map(mounts.cycle, points[:LANES], [cycles // LANES] * LANES))
+                cycled.append(_settled(the_lab))
+            for _ in range(rounds):
+                list(lanes.map(mounts.mount, points))
+                list(lanes.map(mounts.unmount, points))
+                crowded.append(_settled(the_lab))
         except BaseException:
             lanes.shutdown(cancel_futures=True)
             raise
         finally:
             mounts.close()
+    held = {
+        "at the start": start,
+        f"{at_once} mounts at once": full,
+        "warm": warm,
+        **{f"after {cycles} cycles, round {number}": one for number, one in enumerate(cycled, 1)},
+        **{f"after {at_once} at once, round {number}": one for number, one in enumerate(crowded, 1)},
+    }
+    table = Table("held by the daemon", ["", *(f.name if f.name != "kib" else "own KiB" for f in fields(_Held))])
     table.rows = [[name, *(f"{value:.0f}" for value in astuple(one))] for name, one in held.items()]
     result.tables.append(table)
     result.data = {name: vars(one) for name, one in held.items()}
     result.notes += [
-        f"{cycles} cycles of mount, read and unmount, {LANES} at a time: median {median(mounts.times) * 1e3:.0f} ms,"
-        f" p99 {percentile(mounts.times, 0.99) * 1e3:.0f} ms",
+        f"{rounds * cycles} cycles of mount, read and unmount, {LANES} at a time: median"
+        f" {median(mounts.times) * 1e3:.0f} ms, p99 {percentile(mounts.times, 0.99) * 1e3:.0f} ms",
         f"{at_once} mounts at once: {len(resident)} processes with {sum(resident) / 1e6:.0f} MB of their own",
+        f"not judged: the {warm.kib - start.kib:.0f} KiB that {warming} cycles and {at_once} mounts at once have left",
     ]
-    _judge(result, list(held.items()))
+    _judge(result, f"{cycles} cycles", [warm, *cycled], is_warm=not the_lab.quick)
+    _judge(result, f"{at_once} mounts at once", [cycled[-1], *crowded], is_warm=not the_lab.quick)
     refused = len(mounts.refused)
     result.notes += mounts.refused[:5]
     result.targets.append(Target("no unmount refused as busy", f"{refused} refused", not refused))
@@ -125,18 +145,20 @@ class _Mounts:
             self.times.append(perf_counter() - start)
 
 
-def _judge(result: Result, held: list[tuple[str, _Held]]) -> None:
-    (_, first), (cycled, second), _, (unmounted, third), (_, fourth) = held
-    for label, before, after in ((cycled, first, second), (unmounted, second, third)):
-        left = [
-            f"{getattr(after, key) - getattr(before, key):+d} {key}"
-            for key in ("descriptors", "processes", "mounts")
-            if getattr(after, key) != getattr(before, key)
-        ]
-        result.targets.append(Target(f"nothing left {label}", ", ".join(left) or "nothing", not left))
-    for label, growth in (("the cycles", second.kib - first.kib), ("mounting all once more", fourth.kib - third.kib)):
-        text = f"the daemon's memory grows over {label} ≤ {MEMORY_LIMIT:g} KiB"
-        result.targets.append(Target(text, f"{growth:.0f} KiB", growth <= MEMORY_LIMIT))
+def _judge(result: Result, work: str, held: list[_Held], *, is_warm: bool) -> None:
+    """`held`: before the first round and after each."""
+    before, after = held[0], held[-1]
+    left = [
+        f"{getattr(after, key) - getattr(before, key):+d} {key}"
+        for key in ("descriptors", "processes", "mounts")
+        if getattr(after, key) != getattr(before, key)
+    ]
+    result.targets.append(Target(f"nothing left after rounds of {work}", ", ".join(left) or "nothing", not left))
+    grown = [later.kib - earlier.kib for earlier, later in pairwise(held)]
+    growth = sum(grown) - max(grown)
+    text = f"the warm daemon's own pages grow over rounds of {work}, the largest left out, ≤ {MEMORY_LIMIT:g} KiB"
+    measured = f"{growth:.0f} KiB (rounds: {', '.join(f'{each:.0f}' for each in grown)})"
+    result.targets.append(Target(text, measured, growth <= MEMORY_LIMIT if is_warm else None))
 
 
 def _held(the_lab: Lab) -> _Held:

@@ -137,12 +137,14 @@ class Direct(Peer):
 class Udf(Peer):
     """UDF with the same driver, mounted by `udf mount` through a daemon of the benchmark's own."""
 
-    def __init__(self, daemon: Daemon, option: str) -> None:
+    def __init__(self, daemon: Daemon, option: str, *, before: str = "") -> None:
         self._daemon = daemon
         self._option = option
-        self.name = f"UDF {option}"
+        self.name = f"UDF {option}" if not before else "UDF before"
         is_default = Spin(None).enabled == (option == "spin")
         self.text = f"udf mount -t passthrough -o {option}" + (" (the default)" if is_default else "")
+        if before:
+            self.text += f", of the checkout {before}"
 
     def prepare(self, folder: Path) -> None:
         self._daemon.start(folder)
@@ -168,9 +170,11 @@ class Udf(Peer):
 class Daemon:
     """`udf daemon` with a socket of its own, so that nobody else's mounts are touched."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: str | Path = TREE, name: str = "udf") -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._environment = {**os.environ, "PYTHONPATH": str(TREE)}
+        self._tree = tree
+        self._name = name
+        self._environment = {**os.environ, "PYTHONPATH": str(tree)}
         self.socket = Path()
         self.log = Path()
 
@@ -183,10 +187,11 @@ class Daemon:
         """Start it unless it runs. Raises UnavailableError."""
         if self._process is not None:
             return
-        self.socket, self.log = folder / "udf.socket", folder / "udf.log"
+        self.socket, self.log = folder / f"{self._name}.socket", folder / f"{self._name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "udf", "daemon", "--socket", str(self.socket)],
+                cwd=self._tree,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -205,6 +210,7 @@ class Daemon:
         """Run `udf COMMAND`."""
         return subprocess.run(
             [sys.executable, "-m", "udf", command, "--socket", str(self.socket), *arguments],
+            cwd=self._tree,
             stdin=subprocess.DEVNULL,
             check=False,
             capture_output=True,

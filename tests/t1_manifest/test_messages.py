@@ -17,6 +17,7 @@ DECODERS = {
     messages.FromShim: messages.decode_from_shim,
     messages.ToHost: messages.decode_to_host,
     messages.FromHost: messages.decode_from_host,
+    messages.FromAnchor: messages.decode_from_anchor,
 }
 SAMPLES: dict[type, dict[str, Any]] = {
     messages.Mount: {"mountpoint": "/mnt", "name": "x", "driver": "hello", "fsname": "x"},
@@ -41,6 +42,8 @@ SAMPLES: dict[type, dict[str, Any]] = {
         "options": {"a": True, "b": 1, "c": 0.5, "d": "text"},
     },
     messages.Started: {"pid": 1},
+    messages.Tree: {"private": True},
+    messages.Ended: {"status": -9, "max_rss": 20_000},
     messages.HostFailed: {"error": "x"},
     messages.HostHeartbeat: {"loop_age": 0.5},
     messages.HostFault: {"op": "read", "error": "x"},

@@ -5,7 +5,9 @@ from __future__ import annotations
 import array
 import os
 import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -194,8 +196,67 @@ def interpreter(user: int | None) -> tuple[str, str]:
     pytest.skip("no interpreter that another user can run")
 
 
+class Forked:
+    """A host that a zygote of its own has forked; like a subprocess.Popen as far as the tests use one."""
+
+    def __init__(self, control: socket.socket, output: int, environment: dict[str, str], argv: list[str], **who: Any):
+        self.returncode: int | None = None
+        requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._zygote = subprocess.Popen(
+                [*argv, "udf.host.zygote", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                cwd="/",
+                env=environment,
+                **who,
+            )
+        self._report, fork = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._report.settimeout(TIMEOUT)
+        self._report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with fork:
+            socket.send_fds(requests, [b"f"], [fork.fileno()])
+        word, ancillary, _, _ = self._report.recvmsg(256, socket.CMSG_SPACE(12))
+        assert word == b'{"t": "standing"}'
+        self.pid = struct.unpack("iII", ancillary[0][2][:12])[0]
+        self._report.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        order = messages.encode(messages.Become(name="test", environment=environment))
+        socket.send_fds(self._report, [order], [control.fileno(), output])
+        # What it has forked goes on without it.
+        requests.close()
+        assert self._zygote.wait(TIMEOUT) == 0
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._report.close()
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        if self.poll() is None:
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                if not select.select([pidfd], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired("a forked host", timeout)
+            finally:
+                os.close(pidfd)
+        status = self.poll()
+        assert status is not None
+        return status
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+
 class Host:
     """One host process, its control socket and its link."""
+
+    forked = False  # whether a zygote makes it
 
     def __init__(self, *, user: int | None = None, sandbox_user: int | None = None) -> None:
         own = os.getuid() if user is None else user
@@ -208,16 +269,22 @@ class Host:
         self.link = Link(ours)
         output, write = os.pipe()
         program, path = interpreter(user if sandbox_user is None else sandbox_user)
-        self.process = subprocess.Popen(
-            [program, "-P", "-m", "udf.host", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=write,
-            stderr=write,
-            pass_fds=(theirs.fileno(),),
-            cwd="/",
-            env={**os.environ, "PYTHONPATH": path},
-            **({} if user is None else {"user": user, "group": user, "extra_groups": []}),
-        )
+        argv, environment = [program, "-P", "-m"], {**os.environ, "PYTHONPATH": path}
+        who: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        self.process: subprocess.Popen[bytes] | Forked
+        if self.forked:
+            self.process = Forked(theirs, write, environment, argv, **who)
+        else:
+            self.process = subprocess.Popen(
+                [*argv, "udf.host", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=write,
+                stderr=write,
+                pass_fds=(theirs.fileno(),),
+                cwd="/",
+                env=environment,
+                **who,
+            )
         theirs.close()
         os.close(write)
         self.messages: list[Any] = []
@@ -244,8 +311,14 @@ class Host:
             sandbox=messages.Sandbox(**sandbox),
             **fields,
         )
+        if message.spare:
+            self.control.send(messages.encode(message))
+        else:
+            self.give_link(message)
+
+    def give_link(self, message: messages.Message, *more: int) -> None:
         with self.driver_end:
-            fds = array.array("i", [self.driver_end.fileno()])
+            fds = array.array("i", [self.driver_end.fileno(), *more])
             self.control.sendmsg([messages.encode(message)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
 
     def wait_for(self, kind: type, timeout: float = TIMEOUT) -> Any:
@@ -257,12 +330,12 @@ class Host:
         until = time.monotonic() + timeout
         while True:
             left = until - time.monotonic()
-            assert left > 0, f"no {kind.__name__}; got {self.messages}; output {self.text()}"
+            assert left > 0, f"no {kind}; got {self.messages}; output {self.text()}"
             ready, _, _ = select.select([self.control], [], [], left)
             if not ready:
                 continue
             data = self.control.recv(messages.MAX_MESSAGE)
-            assert data, f"the host has ended without {kind.__name__}: {self.messages}, output {self.text()}"
+            assert data, f"the host has ended without {kind}: {self.messages}, output {self.text()}"
             message = messages.decode_from_host(data)
             if isinstance(message, kind):
                 return message

@@ -1,11 +1,16 @@
-"""What a driver's process has and is: as little as its manifest asks for, and nothing outlives the supervisor."""
+"""What a driver's process has and is: as little as its manifest asks for, and nothing outlives the supervisor.
+
+All of it twice: for a host in an interpreter of its own, and for one that was forked from a zygote.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,18 @@ from udf.host import capabilities
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become someone else")
+
+
+@pytest.fixture(params=[False, True], ids=["executed", "forked"], autouse=True)
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(Host, "forked", request.param)
+    return bool(request.param)
+
+
+@pytest.fixture
+def host(forked: bool) -> Iterator[Host]:
+    with make_host() as peer:
+        yield peer
 
 
 def report_of(host: Host, drivers: Path, class_name: str = "Reports", **fields: object) -> list[str]:
@@ -115,10 +132,11 @@ def test_sources_under_a_kept_path_stay_visible(host: Host, drivers: Path, tmp_p
 
 
 @needs_root
-def test_nothing_survives_a_killed_supervisor(drivers: Path) -> None:
+def test_nothing_survives_a_killed_supervisor(drivers: Path, forked: bool) -> None:
     """The supervisor here is a process of its own: it starts a host that has children, and is killed."""
     code = (
-        "import sys, time; from tests.t2_host.peer import Host; host = Host()\n"
+        "import sys, time; from tests.t2_host.peer import Host\n"
+        f"Host.forked = {forked}; host = Host()\n"
         f"host.start({str(drivers / 'odd_starts.py')!r}, 'Parent')\n"
         "host.ready(); print(host.process.pid, host.driver_pid(), flush=True); time.sleep(100)"
     )
@@ -185,3 +203,18 @@ def descendants(pid: int) -> set[int]:
         pending += map(int, children)
         found |= set(map(int, children))
     return found
+
+
+def test_an_author_cannot_tell_whether_a_host_was_forked(drivers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for forked in (False, True):
+        monkeypatch.setattr(Host, "forked", forked)
+        with make_host() as host:
+            host.start(drivers / "odd_starts.py", "Surroundings")
+            host.ready()
+            host.link.init()
+            node = host.link.lookup("file")["nodeid"]
+            found.append(json.loads(host.link.read(node, host.link.open(node), size=100_000)))
+    executed, forked_one = found
+    assert executed["environment"]["PYTHONPATH"] == str(REPO)
+    assert executed == forked_one

@@ -53,6 +53,7 @@ class RawDriver(threading.Thread):
         self._changed = threading.Condition()
         self._wake, self._waker = os.pipe()
         self._stopped = False
+        self._dying = False
 
     # ---- for tests
 
@@ -95,6 +96,21 @@ class RawDriver(threading.Thread):
         for op in ops:
             self.answers[op] = lambda request: None
 
+    def die(self) -> None:
+        """End, from within a handler, with nothing said any more."""
+        self._dying = True
+
+    def die_in(self, op: int, *, after: bool) -> None:
+        """Die of the next such request: before it is looked at, or after the work and before the answer."""
+
+        def handler(request: Request) -> Answer:
+            if after:
+                self.usual(request)
+            self.die()
+            return None
+
+        self.answers[op] = handler
+
     def answer_late(self) -> None:
         """Answer everything that was held, rightly."""
         self.answers.clear()
@@ -106,6 +122,11 @@ class RawDriver(threading.Thread):
         """What the tree says."""
         handler = self._table.get(request.op)
         return errno.ENOSYS if handler is None else handler(request)
+
+    def take_tree(self, tree: Tree) -> None:
+        """Serve this filesystem."""
+        self.tree = tree
+        self._table = tree.table()
 
     def plant(self, grow: Callable[[RawDriver], object]) -> None:
         """Begin with a new tree, whose nodes the other side may know already."""
@@ -163,6 +184,8 @@ class RawDriver(threading.Thread):
                 if not raw:
                     break
                 self._serve(raw)
+                if self._dying:
+                    break
         except OSError:
             pass
         finally:
@@ -192,6 +215,8 @@ class RawDriver(threading.Thread):
             answer = errno.ESTALE
         if answer is None and op not in UNANSWERED:
             self.unanswered.append(request)
+        if self._dying:
+            return
         with self._changed:
             self.log.append(request)
             self._changed.notify_all()

@@ -98,6 +98,16 @@ class Shim:
                 self._changed.wait(left)
         return found[-1]
 
+    def wait_for_count(self, kind: str, count: int, seconds: float = 10.0) -> Message:
+        """Wait until it has said this so many times."""
+        until = time.monotonic() + seconds
+        with self._changed:
+            while len(found := self.said(kind)) < count:
+                left = until - time.monotonic()
+                assert left > 0, f"it did not say {kind} {count} times: {self.messages} {self.log()}"
+                self._changed.wait(left)
+        return found[-1]
+
     def faults(self) -> list[tuple[str, str]]:
         """The faults of the driver that it reported."""
         return [(message["op"], message["error"]) for message in self.said("fault")]
@@ -151,6 +161,41 @@ class Mount:
         self._programs: list[Program] = []
         self._usual: Program | None = None
         self.ended_as_wanted = False  # it may end without `unmounted`
+        self.generation = 1
+        self.past_drivers: list[RawDriver] = []
+
+    def stop_driver(self) -> None:
+        """End the driver that serves now."""
+        self.driver.stop()
+
+    def lose_driver(self) -> Message:
+        """Kill the driver; returns what the shim says of it."""
+        self.driver.stop()
+        return self.wait_lost()
+
+    def wait_lost(self) -> Message:
+        """Wait until the shim has lost the driver of this generation."""
+        return self.shim.wait_for_count("link_lost", self.generation)
+
+    def next_driver(
+        self, prepare: Callable[[RawDriver], object] = lambda driver: None, *, counted: bool = False, **options: Any
+    ) -> RawDriver:
+        """Attach another generation, with the same files under other ids unless *prepare* changes that."""
+        self.driver.stop()
+        self.generation += 1
+        self.send_attach(prepare, counted=counted, **options)
+        self.shim.wait_for("attached", generation=self.generation)
+        return self.driver
+
+    def send_attach(self, prepare: Callable[[RawDriver], object], *, counted: bool = False, **options: Any) -> None:
+        ours, theirs = socket_pair()
+        old, self.driver = self.driver, RawDriver(theirs, **options)
+        self.driver.take_tree(old.tree.reborn())
+        prepare(self.driver)
+        self.driver.start()
+        self.past_drivers.append(old)
+        with ours:
+            self.shim.send({"t": "attach", "generation": self.generation, "counted": counted}, ours.fileno())
 
     @property
     def tree(self) -> Tree:
@@ -260,10 +305,10 @@ def mounted(
         driver = RawDriver(theirs, minor=driver_minor, max_write=max_write, **options)
         prepare(driver)
         driver.start()
-        stack.callback(driver.stop)
         shim = Shim(base / "log", control_size)
         stack.callback(shim.close)
         mount = Mount(shim, driver, point)
+        stack.callback(mount.stop_driver)
         stack.callback(_detach, mount)
         message: Message = {"t": "mount", "mountpoint": str(point), "name": "m", "driver": "test", "fsname": "test"}
         message.update({"allow_other": True, "nodev": False, "nosuid": False, "deadline": 20.0}, **config)
@@ -277,7 +322,8 @@ def mounted(
         else:
             assert shim.said("unmounted") or mount.ended_as_wanted, f"the shim ended: {shim.log()}"
         assert "Traceback" not in shim.log(), shim.log()
-        assert not driver.errors, driver.errors
+        for each in (*mount.past_drivers, mount.driver):
+            assert not each.errors, each.errors
 
 
 def _detach(mount: Mount) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from udf.fuse import structs
-from udf.shim import nodes as nodes_module
-from udf.shim.nodes import FOREVER, ROOT, BadEntry, NodeTable
+from udf.shim import graph as graph_module
+from udf.shim.graph import ROOT
+from udf.shim.nodes import FOREVER, BadEntry, NodeTable
 
 SETTINGS = settings(max_examples=60, stateful_step_count=50, deadline=None)
 REGULAR, DIRECTORY = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
@@ -48,8 +49,8 @@ def some_table() -> Iterator[NodeTable]:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes_module, "CAPACITY", 4096)
-    monkeypatch.setattr(nodes_module, "NAMES_SIZE", 4096 * 32)
+    monkeypatch.setattr(graph_module, "CAPACITY", 4096)
+    monkeypatch.setattr(graph_module, "NAMES_SIZE", 4096 * 32)
 
 
 def enter(table: NodeTable, parent: int, name: bytes, driver_id: int, mode: int = REGULAR, **more: int) -> int:
@@ -255,7 +256,7 @@ class NodeMachine(RuleBasedStateMachine):
                 assert slot, "a node that the kernel knows is gone"
                 assert self.table.lookups[slot] == count
         for slot in (*self.opens, *self.pins):
-            assert self.table.flags[slot] & nodes_module.ALIVE
+            assert self.table.flags[slot] & graph_module.ALIVE
 
     @invariant()
     def names_are_what_the_driver_has(self) -> None:
@@ -324,12 +325,12 @@ def test_a_freed_node_leaves_nothing_to_the_next_one_in_its_slot():
     with some_table() as table:
         first = enter(table, ROOT, b"d", 7, DIRECTORY, ino=1234)
         table.negatives[table.node_id(first), b"x"] = 1e12
-        table.flags[first] |= 0x7 | 3 << nodes_module.OPEN_FLAGS_SHIFT
+        table.flags[first] |= 0x7 | 3 << graph_module.OPEN_FLAGS_SHIFT
         table.forget(first, 1)
         second = enter(table, ROOT, b"e", 8, DIRECTORY, ino=4321)
         assert second == first
         assert table.inode_number(second) == 4321
-        assert table.flags[second] == nodes_module.ALIVE
+        assert table.flags[second] == graph_module.ALIVE | graph_module.BOUND
         assert (table.node_id(second), b"x") not in table.negatives
 
 

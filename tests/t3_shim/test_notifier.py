@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from tests.t3_shim.test_node_table import DIRECTORY, enter, make_table
 from udf.fuse import structs
 from udf.fuse.opcodes import Notify
-from udf.shim.nodes import ROOT
+from udf.shim.graph import ROOT
 from udf.shim.notifier import Notifier
 
 PAGE = 4096

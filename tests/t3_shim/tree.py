@@ -10,7 +10,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from udf.fuse import structs
 from udf.fuse.flags import Fattr
@@ -83,13 +83,15 @@ class Node:
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     mtime: int = 1_600_000_000 * NS
     lookups: int = 0  # given and not taken back
+    id: int = 0  # what this generation of the driver calls it
+    generation: int = 0  # of the inode number
 
 
 class Tree:
     """The filesystem. Its counts say what the driver believes that the other side holds."""
 
     def __init__(self) -> None:
-        self.nodes = {ROOT: Node(ROOT, stat.S_IFDIR | 0o755, 2)}
+        self.nodes = {ROOT: Node(ROOT, stat.S_IFDIR | 0o755, 2, id=ROOT)}
         self.handles: dict[int, int] = {}
         self.unknown_forgets: list[tuple[int, int]] = []
         self.valid = 1000.0  # seconds; of names and attributes
@@ -101,7 +103,7 @@ class Tree:
     def add(self, parent: int, name: bytes | str, mode: int, data: bytes = b"", uid: int = 0, gid: int = 0) -> Node:
         """Make a file without the kernel."""
         name = name.encode() if isinstance(name, str) else name
-        node = Node(self._next, mode, 2 if stat.S_ISDIR(mode) else 1, uid, gid, data=bytearray(data))
+        node = Node(self._next, mode, 2 if stat.S_ISDIR(mode) else 1, uid, gid, data=bytearray(data), id=self._next)
         self._next += 1
         self.nodes[node.ino] = node
         self.nodes[parent].children[name] = node.ino
@@ -112,6 +114,22 @@ class Tree:
 
     def directory(self, name: str, parent: int = ROOT, mode: int = 0o755) -> Node:
         return self.add(parent, name, stat.S_IFDIR | mode)
+
+    def reborn(self, shift: int = 1000) -> Tree:
+        """The same files as the next generation of a driver finds them: under other ids, and only those with a name."""
+        tree = Tree()
+        tree.valid, tree.negative, tree.fopen, tree._next = self.valid, self.negative, self.fopen, self._next + shift
+        ids = {ROOT: ROOT}
+        ways = [ROOT]
+        while ways:
+            for child in self.nodes[ways.pop()].children.values():
+                if child not in ids:
+                    ids[child] = child + shift
+                    ways.append(child)
+        for old, new in ids.items():
+            children = {name: ids[child] for name, child in self.nodes[old].children.items()}
+            tree.nodes[new] = replace(self.nodes[old], id=new, children=children, lookups=0)
+        return tree
 
     def lookups(self) -> int:
         """How many look-ups the other side has not given back."""
@@ -133,7 +151,7 @@ class Tree:
         """An entry, which is counted."""
         node.lookups += 1
         seconds, nanos = self._valid(self.valid)
-        return struct.pack("=QQQQII", node.ino, 0, seconds, seconds, nanos, nanos) + self.attr(node)
+        return struct.pack("=QQQQII", node.id, node.generation, seconds, seconds, nanos, nanos) + self.attr(node)
 
     def attr_out(self, node: Node) -> bytes:
         return struct.pack("=QI4x", *self._valid(self.valid)) + self.attr(node)
@@ -196,7 +214,7 @@ class Tree:
 
     def create(self, q: Request) -> Answer:
         made = self.make(q, q.names(structs.CREATE_IN)[0], q.fields(structs.CREATE_IN)["mode"])
-        return made if isinstance(made, int) else self.entry(made) + self.opened(made.ino)
+        return made if isinstance(made, int) else self.entry(made) + self.opened(made.id)
 
     def opened(self, node: int) -> bytes:
         self._next_handle += 1
@@ -239,7 +257,7 @@ class Tree:
     def link(self, q: Request) -> Answer:
         node = self.nodes[q.fields(structs.LINK_IN)["oldnodeid"]]
         node.nlink += 1
-        self.nodes[q.node].children[q.names(structs.LINK_IN)[0]] = node.ino
+        self.nodes[q.node].children[q.names(structs.LINK_IN)[0]] = node.id
         return self.entry(node)
 
     def open(self, q: Request) -> Answer:
@@ -269,7 +287,12 @@ class Tree:
 
     def setxattr(self, q: Request) -> Answer:
         name, value = q.body[structs.SETXATTR_IN_COMPAT.size :].split(b"\0", 1)
-        self.nodes[q.node].xattrs[name] = value
+        flags, xattrs = q.fields(structs.SETXATTR_IN_COMPAT)["flags"], self.nodes[q.node].xattrs
+        if flags & 1 and name in xattrs:
+            return errno.EEXIST
+        if flags & 2 and name not in xattrs:
+            return errno.ENODATA
+        xattrs[name] = value
         return b""
 
     def _sized(self, q: Request, value: bytes) -> Answer:
@@ -295,7 +318,7 @@ class Tree:
             if offset <= values["offset"]:
                 continue
             node = self.nodes[ino]
-            record = dirent(name, ino, offset, node.mode >> 12)
+            record = dirent(name, node.ino, offset, node.mode >> 12)
             if len(reply) + len(record) + (structs.ENTRY_OUT.size if plus else 0) > values["size"]:
                 break
             reply += self.entry(node) + record if plus else record

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import trio
+from staging import Stage
+
+from udf.supervisor import hosts, mounts, paths, process, recovery, restart, spawn
+from udf.supervisor.spawn import Identity
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +45,29 @@ def descriptors() -> dict[str, str]:
         except FileNotFoundError:
             continue
     return {number: target for number, target in found.items() if not target.startswith("/proc/")}
+
+
+@pytest.fixture
+async def stage(nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = Stage(nursery, tmp_path)
+
+    def start_shim(name: str, control: socket.socket, output: int, run_as: Identity | None) -> spawn.Child:
+        return stage.start("shim", control, output)
+
+    def start_host(name: str, control: socket.socket, output: int, environment: Mapping[str, str]) -> spawn.Child:
+        return stage.start("host", control, output)
+
+    async def clean(mountpoint: str, run_as: Identity | None) -> str:
+        stage.cleaned.append(mountpoint)
+        return ""
+
+    monkeypatch.setattr(spawn, "start_shim", start_shim)
+    monkeypatch.setattr(spawn, "start_host", start_host)
+    monkeypatch.setattr(paths, "clean", clean)
+    for module in (mounts, recovery, hosts):
+        for name, value in {"LINK_GRACE": 0.2, "STOP_GRACE": 0.5, "TERM_GRACE": 0.3, "HEARTBEAT": 0.05}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(process, "DRAIN", 0.2)
+    monkeypatch.setattr(restart, "FIRST_DELAY", 0.02)
+    return stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -121,3 +122,20 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def children_named(pid: int, *names: str) -> list[int]:
+    """The children of a supervisor by the name that ps(1) shows."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{child}/comm").read_text().strip() in names:
+                found.append(int(child))
+    return found
+
+
+def idle_children(pid: int) -> list[int]:
+    """The zygote and what stands by, once both are there."""
+    return wait_for(  # type: ignore[no-any-return]
+        lambda: children_named(pid, "udf-standby") and children_named(pid, "udf-zygote", "udf-standby")
+    )

@@ -10,9 +10,10 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from real import Daemon, is_alive, mounted_at, needs_fuse, wait_for
+from real import Daemon, idle_children, is_alive, mounted_at, needs_fuse, wait_for
 
 from udf.supervisor.client import Connection, ControlError, NoSupervisorError
 
@@ -96,26 +97,43 @@ def test_an_unmount_from_outside_is_noticed(daemon: Daemon, mnt: Path) -> None:
     assert (last["kind"], last["state"], last["reason"]) == ("mount", "GONE", "external")
 
 
-def test_a_killed_driver_fails_the_mount_and_the_cause_is_told(daemon: Daemon, mnt: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_driver_that_dies_is_replaced_and_open_files_go_on(daemon: Daemon, mnt: Path, number: signal.Signals) -> None:
     daemon.mount(mnt)
-    assert (mnt / "hello.txt").read_text()
-    os.kill(daemon.status(mnt)["driver_pid"], signal.SIGKILL)
-    row = wait_for(lambda: (row := daemon.status(mnt))["state"] == "FAILED" and row)
-    assert (row["reason"], row["text"]) == ("exited", "the driver was ended by SIGKILL")
-    with pytest.raises(OSError, match="Input/output error"):
-        (mnt / "unknown").read_text()
+    with (mnt / "hello.txt").open() as file:
+        for generation in (2, 3):
+            os.kill(daemon.status(mnt)["driver_pid"], number)
+            row = serving(daemon, mnt, generation)
+            assert (mnt / "hello.txt").read_text() == "Hello, world!\n"
+            with pytest.raises(FileNotFoundError):
+                (mnt / f"never-seen-{generation}").read_text()
+            file.seek(0)
+            assert file.read() == "Hello, world!\n"
+            assert row["restarts_left"] == (4 if number == signal.SIGKILL else 5 - generation)
     daemon.call("Unmount", mountpoint=str(mnt))
     assert mounted_at(mnt) is None
 
 
-def test_a_stopped_driver_is_hung_and_ended(daemon: Daemon, mnt: Path) -> None:
-    daemon.mount(mnt)
+def test_a_stopped_driver_is_hung_and_replaced_and_going_on_changes_nothing(daemon: Daemon, mnt: Path) -> None:
+    daemon.mount(mnt, options={"deadline": "1"})
     pid = daemon.status(mnt)["driver_pid"]
     os.kill(pid, signal.SIGSTOP)
-    row = wait_for(lambda: (row := daemon.status(mnt))["state"] == "FAILED" and row)
-    assert row["reason"] == "hung"
-    wait_for(lambda: not is_alive(pid))
+    with pytest.raises(FileNotFoundError):
+        (mnt / "unknown").read_text()  # asked of the stopped one, answered by the next
+    assert not is_alive(pid)
+    row = serving(daemon, mnt, 2)
+    assert row["restarts_left"] == 3
+    (death,) = [event for event in daemon.call("Events")["events"] if event["what"] == "death"]
+    assert death["reason"] == "counted"
+    assert "has not answered " in death["text"]
     daemon.call("Unmount", mountpoint=str(mnt))
+
+
+def serving(daemon: Daemon, mnt: Path, generation: int) -> dict[str, Any]:
+    """Until this generation serves."""
+    return wait_for(  # type: ignore[no-any-return]
+        lambda: (row := daemon.status(mnt))["state"] == "ACTIVE" and row["generation"] == generation and row
+    )
 
 
 def test_a_killed_shim_leaves_a_clean_mountpoint(daemon: Daemon, mnt: Path) -> None:
@@ -381,9 +399,11 @@ def test_two_hundred_mounts_leave_no_descriptor_and_no_child(daemon: Daemon, mnt
     cycles = int(os.environ.get("UDF_TEST_CYCLES", "10"))
     daemon.mount(mnt)
     daemon.call("Unmount", mountpoint=str(mnt))
+    idle_children(pid)
     before = wait_for(held)
     for _ in range(cycles):
         daemon.mount(mnt)
         daemon.call("Unmount", mountpoint=str(mnt))
     wait_for(lambda: held() <= before)
-    assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
+    left = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert sorted(map(int, left)) == sorted(idle_children(pid))

@@ -5,109 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import trio
+from staging import Stage, gone
 
-from udf import messages
-from udf.supervisor import mounts, paths, process, spawn
-from udf.supervisor.instance import EventLog, Reason, State
-from udf.supervisor.mounts import Mount
-from udf.supervisor.options import MountOptions
-from udf.supervisor.plan import BusyError, MountPlan, StartFailedError
-from udf.supervisor.spawn import Identity
-
-PEER = str(Path(__file__).with_name("scripted_peer.py"))
-GOOD_SHIM = ("receive", "mounted", "serve")
-GOOD_HOST = ("receive", "started", "ready", "serve")
-
-
-class Stage:
-    """Makes mounts whose processes follow scripts."""
-
-    def __init__(self, nursery: trio.Nursery, tmp_path: Path) -> None:
-        self.nursery = nursery
-        self.events = EventLog()
-        self.shim: tuple[str, ...] = GOOD_SHIM
-        self.host: tuple[str, ...] = GOOD_HOST
-        self.cleaned: list[str] = []
-        self.start_timeout = 10.0
-        self._mountpoint = str(tmp_path / "mnt")
-
-    def start(self, role: str, control: socket.socket, output: int) -> spawn.Child:
-        steps = self.shim if role == "shim" else self.host
-        argv = [sys.executable, "-S", PEER, str(control.fileno()), role, *steps]
-        return spawn._start(argv, {}, output, output, None, control.fileno())
-
-    def make(self) -> Mount:
-        plan = MountPlan(
-            name="m",
-            mountpoint=self._mountpoint,
-            driver_name="scripted",
-            driver=messages.DriverSpec(path="/x"),
-            source=None,
-            driver_options={},
-            asked_options={},
-            options=MountOptions(),
-            owner=Identity.own(),
-            shim_as=None,
-            sandbox=messages.Sandbox(uid=0, gid=0),
-            environment={},
-            start_timeout=self.start_timeout,
-        )
-        return Mount(plan, self.events, self.nursery)
-
-    async def mounted(self) -> Mount:
-        mount = self.make()
-        await self.nursery.start(mount.run)
-        return mount
-
-    async def refused(self) -> StartFailedError:
-        with pytest.raises(StartFailedError) as caught:
-            await self.nursery.start(self.make().run)
-        return caught.value
-
-    def life(self, kind: str) -> list[tuple[str, str]]:
-        return [(str(e.state), e.reason) for e in self.events.past() if e.kind == kind and e.what == "state"]
-
-
-@pytest.fixture
-async def stage(nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    stage = Stage(nursery, tmp_path)
-
-    def start_shim(name: str, control: socket.socket, output: int, run_as: Identity | None) -> spawn.Child:
-        return stage.start("shim", control, output)
-
-    def start_host(name: str, control: socket.socket, output: int, environment: Mapping[str, str]) -> spawn.Child:
-        return stage.start("host", control, output)
-
-    async def clean(mountpoint: str, run_as: Identity | None) -> str:
-        stage.cleaned.append(mountpoint)
-        return ""
-
-    monkeypatch.setattr(spawn, "start_shim", start_shim)
-    monkeypatch.setattr(spawn, "start_host", start_host)
-    monkeypatch.setattr(paths, "clean", clean)
-    for name, value in {"LINK_GRACE": 0.2, "STOP_GRACE": 0.5, "TERM_GRACE": 0.3, "HEARTBEAT": 0.05}.items():
-        monkeypatch.setattr(mounts, name, value)
-    monkeypatch.setattr(process, "DRAIN", 0.2)
-    return stage
-
-
-async def gone(mount: Mount) -> None:
-    with trio.fail_after(10):
-        await mount.ended.wait()
-    assert mount.is_gone
-
-
-async def state_of(mount: Mount, state: State) -> None:
-    with trio.fail_after(10):
-        while mount.instance.state is not state:
-            await trio.sleep(0.01)
+from udf.supervisor import mounts
+from udf.supervisor.instance import Reason, State
+from udf.supervisor.plan import BusyError
 
 
 async def test_a_mount_lives_from_starting_over_active_to_gone(stage: Stage) -> None:
@@ -187,68 +93,6 @@ async def test_a_start_that_is_given_up_leaves_nothing(stage: Stage, seconds: fl
         await stage.nursery.start(stage.make().run)
     assert scope.cancelled_caught
     assert stage.life("mount") == [("STARTING", "starting"), ("GONE", "operator")]
-
-
-@pytest.mark.parametrize(
-    ("end", "text"),
-    [
-        (("print=Traceback: boom", "exit=1"), "the driver ended with exit status 1 (Traceback: boom)"),
-        (("kill=9",), "the driver was ended by SIGKILL"),
-        (("exit=0",), "the driver ended with exit status 0"),
-    ],
-)
-async def test_a_drivers_death_makes_the_mount_failed_and_it_can_still_be_unmounted(
-    stage: Stage, end: tuple[str, ...], text: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    stage.host = ("receive", "started", "ready", "sleep=0.3", *end)
-    mount = await stage.mounted()
-    await state_of(mount, State.FAILED)
-    assert (mount.instance.reason, mount.instance.text) == (Reason.EXITED, text)
-    assert mount.driver.state is State.FAILED
-    assert mount.shim.state is State.ACTIVE
-    await mount.unmount(Reason.OPERATOR, lazy=False)
-    await gone(mount)
-    assert stage.life("mount")[-2:] == [("FAILED", "exited"), ("GONE", "operator")]
-    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert errors == [f"m: {text}; what is not cached fails now until it is unmounted"]
-
-
-async def test_a_driver_that_closes_its_link_and_lives_on_is_ended(stage: Stage) -> None:
-    stage.shim = ("receive", "mounted", "sleep=0.2", "link_lost", "serve")
-    mount = await stage.mounted()
-    await state_of(mount, State.FAILED)
-    assert mount.instance.text == "the driver closed its link and did not end"
-    await mount.unmount(Reason.OPERATOR, lazy=False)
-    await gone(mount)
-
-
-async def test_a_driver_without_heartbeat_is_hung_and_ended(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage.host = ("receive", "started", "ready", "deaf", "hang")
-    mount = await stage.mounted()
-    await state_of(mount, State.FAILED)
-    assert mount.instance.reason is Reason.HUNG
-    assert "no sign of life" in mount.instance.text
-    await mount.unmount(Reason.OPERATOR, lazy=False)
-    await gone(mount)
-
-
-async def test_a_driver_whose_loop_does_not_turn_is_hung(stage: Stage) -> None:
-    stage.host = ("receive", "ready", 'raw={"t":"heartbeat","loop_age":31.5}', "hang")
-    mount = await stage.mounted()
-    await state_of(mount, State.FAILED)
-    assert mount.instance.reason is Reason.HUNG
-    assert mount.instance.text == "the driver's loop has not turned for 32 s"
-    await mount.unmount(Reason.OPERATOR, lazy=False)
-    await gone(mount)
-
-
-async def test_a_driver_that_breaks_the_wire_later_is_ended(stage: Stage) -> None:
-    stage.host = ("receive", "ready", "sleep=0.2", "raw=%%%", "hang")
-    mount = await stage.mounted()
-    await state_of(mount, State.FAILED)
-    assert mount.instance.reason is Reason.CONTRACT
-    await mount.unmount(Reason.OPERATOR, lazy=False)
-    await gone(mount)
 
 
 async def test_a_shims_death_ends_the_mount_and_cleans_the_mountpoint(

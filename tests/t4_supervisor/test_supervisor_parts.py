@@ -38,6 +38,12 @@ def test_our_options_are_taken_and_the_others_are_the_drivers() -> None:
     assert drivers == {"size": "64M"}
 
 
+def test_a_spare_and_the_patience_of_requests_are_asked_for() -> None:
+    assert options.split({"spare": "", "patience": "5"}) == (MountOptions(spare=True, patience=5.0), {})
+    assert options.split({"spare": "1"})[0].spare
+    assert not options.split({"spare": "0"})[0].spare
+
+
 def test_what_fstab_says_for_others_is_skipped() -> None:
     assert options.split({"defaults": "", "noauto": "", "_netdev": "", "comment": "x", "rw": ""}) == (
         MountOptions(),
@@ -58,6 +64,8 @@ def test_what_fstab_says_for_others_is_skipped() -> None:
         ({"deadline": "nan"}, "not a number"),
         ({"deadline": "0"}, "not a number"),
         ({"deadline": "soon"}, "not a number"),
+        ({"patience": "-1"}, "patience=-1 is not a number"),
+        ({"spare": "2"}, "neither spare=1 nor spare=0"),
         ({"x" * 5000: ""}, "too long"),
         ({str(n): "" for n in range(300)}, "more than 200 options"),
     ],
@@ -77,7 +85,7 @@ def test_any_options_are_split_or_refused(given_options: dict[str, str]) -> None
 
 
 def test_a_manifest_cannot_declare_what_a_mount_understands() -> None:
-    taken = {*options._FLAGS, "max_read", "fsname", "deadline"}
+    taken = {*options._FLAGS, "max_read", "fsname", "deadline", "patience", "spare"}
     assert taken <= MOUNT_WORDS <= taken | options._IGNORED
 
 

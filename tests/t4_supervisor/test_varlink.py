@@ -25,6 +25,7 @@ from udf.supervisor import rights, sockets, trace
 from udf.supervisor import varlink as wire
 from udf.supervisor.client import INTERFACE, PROTOCOL, Connection, ControlError
 from udf.supervisor.control import Control, interface_description
+from udf.supervisor.crashes import CrashReport
 from udf.supervisor.instance import Event, EventLog, Instance, State
 from udf.supervisor.registry import MountRequest, Registry
 from udf.supervisor.spawn import Identity
@@ -140,6 +141,10 @@ def test_the_interface_file_and_the_code_agree_on_every_name() -> None:
         "Drivers": control_module._Nothing,
         "Events": control_module._Events,
         "Trace": control_module._Which,
+        "Restart": control_module._Which,
+        "Hung": control_module._Which,
+        "Abort": control_module._Abort,
+        "Crashes": control_module._Which,
     }
     methods = {name for name, member in interface.members.items() if hasattr(member, "in_type")}
     assert methods == set(code)
@@ -147,6 +152,8 @@ def test_the_interface_file_and_the_code_agree_on_every_name() -> None:
         assert fields(name, "in_type") == {field.encode_name for field in msgspec.structs.fields(struct)}, name
     assert fields("Event") == {field.encode_name for field in msgspec.structs.fields(Event)}
     assert fields("Operation") == {field.encode_name for field in msgspec.structs.fields(trace.Operation)}
+    report = {field.encode_name for field in msgspec.structs.fields(CrashReport)}
+    assert fields("CrashReport") == {"name", "mountpoint", *report}
     description = interface_description()
     for state in State:
         assert str(state) in description

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from udf.cli import commands, show
+from udf.cli import asking, commands, show
 from udf.errors import UserError
 
 from .conftest import Command
@@ -63,17 +63,17 @@ def test_mountpoint_is_resolved_through_links_of_every_kind(tmp_path: Path, monk
     (tmp_path / "direct").symlink_to("link/mnt")
     monkeypatch.chdir(real)
     for given in ("mnt", "mnt/", "./mnt/.", "../link/mnt", f"{tmp_path}/direct", "mnt/../mnt"):
-        assert commands._absolute_mountpoint(given) == str(real / "mnt"), given
+        assert asking.absolute_mountpoint(given) == str(real / "mnt"), given
     monkeypatch.chdir(real / "mnt")
-    assert commands._absolute_mountpoint(".") == str(real / "mnt")
-    assert commands._absolute_mountpoint("/") == "/"
+    assert asking.absolute_mountpoint(".") == str(real / "mnt")
+    assert asking.absolute_mountpoint("/") == "/"
 
 
 def test_mountpoint_that_is_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(UserError, match="too many symbolic links"):
-        commands._absolute_mountpoint(str(tmp_path / "a"))
+        asking.absolute_mountpoint(str(tmp_path / "a"))
 
 
 def test_duration_has_two_units() -> None:

@@ -109,3 +109,35 @@ sys.exit(main(["doctor"]))
     assert result.returncode == 1, result
     assert "chmod 666 /dev/fuse" in result.stdout
     assert result.stderr == ""
+
+
+@needs_root
+@pytest.mark.parametrize("is_mount_point", [False, True])
+def test_chroot_whose_root_is_no_mount_point_is_told_so(is_mount_point: bool, udf: Command, tmp_path: Path) -> None:
+    """The advice was `--cap-add SYS_ADMIN`: root in a chroot has it, and no mount can be made there all the same."""
+    root = tmp_path / "root"
+    root.mkdir()
+    program = """
+        ! $2 || mount --bind "$1" "$1" || exit 99
+        for entry in /*; do
+            if [ -L "$entry" ]; then cp -a "$entry" "$1"
+            elif [ -d "$entry" ]; then mkdir "$1$entry" && mount --rbind "$entry" "$1$entry" || exit 99
+            fi
+        done
+        cd "$1" || exit 99  # a new mount is seen by who looks the path up again
+        root=$1 && shift 2 && exec chroot "$root" "$@"
+    """
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", program, "sh", root, str(is_mount_point).lower(), *udf.argv("doctor", "--json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == (0 if is_mount_point else 1), result
+    report = json.loads(result.stdout)
+    assert report["can_mount"] is is_mount_point
+    (kernel,) = [check for check in report["checks"] if check["name"] == "kernel"]
+    assert ("/ is no mount point" in kernel["text"]) is not is_mount_point
+    assert ("mount --bind DIR DIR" in kernel["fix"]) is not is_mount_point
+    assert "SYS_ADMIN" not in kernel["fix"]

@@ -3,7 +3,6 @@ would not make."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -63,12 +62,10 @@ def die(daemon: Daemon, program: Program, tree: Path, tmp_path: Path, mountpoint
         file = os.open(mountpoint / "big", os.O_RDONLY)
         mounted.kill_program()
         for act in (lambda: os.pread(file, 4096, 2 << 20), lambda: os.listdir(mountpoint / "many")):
-            assert errno_in_time(act) == errno.EIO
-        with contextlib.suppress(OSError):
-            os.close(file)  # closing asks the program, too
+            assert errno_in_time(act, 30.0) is None
+        os.close(file)
         row = mounted.row()
-        assert row["state"] == "FAILED"
-        assert row["text"].startswith("the driver was ended by SIGKILL")
+        assert (row["state"], row["generation"]) == ("ACTIVE", 2)
 
 
 def errno_in_time(act: Callable[[], object], seconds: float = 3.0) -> int | None:

@@ -1,4 +1,4 @@
-"""The command line: `udf daemon mount umount status drivers events trace doctor`.
+"""The command line: `udf daemon mount umount status restart hung crashes drivers events trace doctor`.
 
 Owns: the arguments, exit codes (0 done, 1 refused or failed, 2 usage, 3 no daemon, 130 interrupted) and the one
 sentence on stderr. Must never: import trio or pyfuse3 for a command that only asks (they cost 150 ms).
@@ -59,6 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
     umount.add_argument("-l", "--lazy", action="store_true", help="detach now, serve what is open until it is closed")
 
     command("status", "show every mount, its state and its counters")
+    restart = command("restart", "end the driver of MOUNT and start a new one; open files go on")
+    restart.add_argument("mountpoint", metavar="MOUNT")
+
+    hung = command("hung", "show the requests that wait, and who waits")
+    hung.add_argument("mountpoint", metavar="MOUNT", nargs="?")
+    hung.add_argument("--abort", metavar="ID", type=int, help="fail this request of MOUNT with an input/output error")
+
+    crashes = command("crashes", "show how drivers died")
+    crashes.add_argument("mountpoint", metavar="MOUNT", nargs="?")
+
     command("drivers", "show every driver that can be found, and why one cannot be used")
 
     events = command("events", "show what happened")

@@ -1,7 +1,8 @@
 """What each command asks, and how its answer is printed.
 
-Owns: turning arguments into calls of the control interface and answers into text. Must never: import trio or pyfuse3
-outside of `daemon` and `mount -f`, or look below a mountpoint. Called by udf.cli.main, which owns errors.
+Owns: turning arguments into calls of the control interface and answers into text; what concerns dead and hung drivers
+is in recovering.py. Must never: import trio or pyfuse3 outside of `daemon` and `mount -f`, or look below a mountpoint.
+Called by udf.cli.main, which owns errors.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-from udf.cli import show
+from udf.cli import recovering, show
+from udf.cli.asking import Row, absolute, absolute_mountpoint, all_supervisors, find_supervisor_of, not_ours
 from udf.errors import UserError
 from udf.supervisor import client
-
-MAX_LINKS = 40
-Row = Mapping[str, Any]
 
 
 def daemon(arguments: argparse.Namespace) -> int:
@@ -48,10 +46,10 @@ def mount(arguments: argparse.Namespace) -> int:
     if source is not None and not driver and not arguments.program:
         driver = _guess_driver(source, _list_drivers(connection)[0])
     request = {
-        "driver": _absolute(driver) if driver and "/" in driver else driver,
+        "driver": absolute(driver) if driver and "/" in driver else driver,
         "exec": arguments.program,
         "source": source,
-        "mountpoint": _absolute_mountpoint(mountpoint),
+        "mountpoint": absolute_mountpoint(mountpoint),
         "options": options,
     }
     request = {key: value for key, value in request.items() if value is not None}
@@ -96,8 +94,8 @@ def _source_kind(source: str) -> str:
 
 def umount(arguments: argparse.Namespace) -> int:
     """`udf umount`: whichever supervisor has the mount does it."""
-    mountpoint = _absolute_mountpoint(arguments.mountpoint)
-    connection = _find_supervisor_of(mountpoint, arguments.socket)
+    mountpoint = absolute_mountpoint(arguments.mountpoint)
+    connection = find_supervisor_of(mountpoint, arguments.socket)
     if connection is None:
         _clean_stale(mountpoint)
     else:
@@ -127,7 +125,7 @@ def _clean_stale(mountpoint: str) -> None:
 
     found = mounting.find_mount(mountpoint)
     if found is None or found.fstype != mounting.FSTYPE:
-        raise _not_ours(mountpoint)
+        raise not_ours(mountpoint)
     try:
         done = mounting.clean_stale(mountpoint)
     except mounting.MountError as error:
@@ -140,7 +138,7 @@ def _clean_stale(mountpoint: str) -> None:
 def status(arguments: argparse.Namespace) -> int:
     """`udf status`: the mounts of the daemon and of every private supervisor."""
     mounts: list[Row] = []
-    for connection in _all_supervisors(arguments.socket):
+    for connection in all_supervisors(arguments.socket):
         try:
             mounts += connection.call("Status")["mounts"]
         except client.ControlError as error:
@@ -150,12 +148,15 @@ def status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show.as_json({"mounts": mounts})
     elif mounts:
-        heading = ("STATE", "DRIVER", "MOUNTPOINT", "SOURCE", "REQUESTS", "CACHE HITS", "ROUND TRIPS", "UPTIME")
-        right = frozenset(("REQUESTS", "CACHE HITS", "ROUND TRIPS", "UPTIME"))
+        heading = (
+            *("STATE", "DRIVER", "MOUNTPOINT", "SOURCE", "GENERATION", "RESTARTS LEFT", "DURABILITY"),
+            *("REQUESTS", "CACHE HITS", "ROUND TRIPS", "SINCE"),
+        )
+        right = frozenset(("GENERATION", "RESTARTS LEFT", "REQUESTS", "CACHE HITS", "ROUND TRIPS", "SINCE"))
         show.table(heading, [_status_row(row) for row in mounts], right=right)
         for row in mounts:
             if row["state"] != "ACTIVE" and row["text"]:
-                show.line(f"{row['mountpoint']}: {row['text']}")
+                show.line(f"{row['mountpoint']}: {row['reason']}: {row['text']}")
     else:
         show.line("Nothing is mounted.")
     return 0
@@ -169,6 +170,9 @@ def _status_row(row: Row) -> tuple[object, ...]:
         row["driver"],
         row["mountpoint"],
         row["source"] or "-",
+        row["generation"],
+        row["restarts_left"],
+        row["durability"],
         *(_count(counters, name) for name in ("requests", "cache_hits", "driver_round_trips")),
         show.duration(time.time() - row["since"]),
     )
@@ -215,7 +219,7 @@ def events(arguments: argparse.Namespace) -> int:
         with connection:
             _print_events(connection.stream("Events"), arguments.json)
         return 0
-    for connection in _all_supervisors(arguments.socket):
+    for connection in all_supervisors(arguments.socket):
         _print_events(iter([connection.call("Events")]), arguments.json)
     return 0
 
@@ -237,10 +241,10 @@ def _print_events(replies: Iterator[Row], as_json: bool) -> None:
 
 def trace(arguments: argparse.Namespace) -> int:
     """`udf trace`: every request of one mount until Ctrl-C or its end."""
-    mountpoint = _absolute_mountpoint(arguments.mountpoint)
-    connection = _find_supervisor_of(mountpoint, arguments.socket)
+    mountpoint = absolute_mountpoint(arguments.mountpoint)
+    connection = find_supervisor_of(mountpoint, arguments.socket)
     if connection is None:
-        raise _not_ours(mountpoint)
+        raise not_ours(mountpoint)
     with connection:
         try:
             _print_operations(connection.stream("Trace", mountpoint=mountpoint), arguments.json)
@@ -285,67 +289,12 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if able else 1
 
 
-def _all_supervisors(path: str | None) -> Iterator[client.Connection]:
-    """Every supervisor that can be asked; NoSupervisorError when there is none at all."""
-    connections = client.supervisors(path)
-    first = next(connections, None)
-    if first is None:
-        raise client.NoSupervisorError("no daemon runs and nothing is mounted: start `udf daemon`, or use `udf mount`")
-    return itertools.chain([first], connections)
-
-
-def _find_supervisor_of(mountpoint: str, path: str | None) -> client.Connection | None:
-    """The supervisor that serves a mountpoint; NoSupervisorError only for a socket that was asked for."""
-    for connection in client.supervisors(path):
-        try:
-            if connection.call("Status", mountpoint=mountpoint)["mounts"]:
-                return client.Connection(connection.path)
-        except client.ControlError as error:
-            if error.name not in ("NotFound", "Disconnected"):
-                raise
-    return None
-
-
-def _not_ours(mountpoint: str) -> UserError:
-    return UserError(f"{mountpoint} is not a mount of udf (`udf status` lists them)")
-
-
-def _absolute_mountpoint(path: str) -> str:
-    """The mountpoint's real path, found without asking the filesystem that is, or was, mounted there.
-
-    Symlinks are resolved in its parent; of the last name only the link itself is read, which a hung mount allows.
-    """
-    path = os.path.join(_current_directory(path), path)
-    for _ in range(MAX_LINKS):
-        path = path.rstrip("/") or "/"
-        parent, name = os.path.split(os.path.abspath(path) if os.path.basename(path) in (".", "..") else path)
-        path = os.path.join(os.path.realpath(parent), name)
-        try:
-            target = os.readlink(path)
-        except OSError:
-            return path
-        path = os.path.join(os.path.dirname(path), target)
-    raise UserError(f"{path}: too many symbolic links")
-
-
-def _absolute(path: str) -> str:
-    return os.path.normpath(os.path.join(_current_directory(path), path))
-
-
-def _current_directory(path: str) -> str:
-    """Only needed, and only looked for, when the path is relative."""
-    try:
-        return "/" if path.startswith("/") else os.getcwd()
-    except OSError as error:
-        raise UserError(f"{path} is relative, and the current directory cannot be read: {error.strerror}") from None
-
-
 def _absolute_source(source: str) -> str | None:
     """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it."""
     if source == "none":
         return None
     head, _, _ = source.partition("/")
-    return source if ":" in head else _absolute(source)
+    return source if ":" in head else absolute(source)
 
 
 def _options(given: list[str]) -> dict[str, str]:
@@ -379,3 +328,4 @@ def _split_options(text: str) -> list[str]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     command.__name__: command for command in (daemon, mount, umount, status, drivers, events, trace, doctor)
 }
+COMMANDS |= {command.__name__: command for command in (recovering.restart, recovering.hung, recovering.crashes)}

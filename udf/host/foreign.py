@@ -8,6 +8,9 @@ How the program comes to the link: without CAP_SYS_ADMIN its mount(2) fails, and
 its absolute path. There, in the private mount namespace, lies the stand-in (standin.py), which asks us for the link and
 passes it on over _FUSE_COMMFD, as fusermount passes /dev/fuse. Without a mount namespace the program is given /dev/fd/N
 as its mountpoint instead, which libfuse 3 understands.
+
+A spare goes as far as that without executing the program: its process waits at the gate, a socket between init and it,
+until `take_over` has brought the link.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ _FUSERMOUNT_DIRECTORIES = ("/usr/bin", "/bin", "/usr/local/bin", "/usr/sbin", "/
 # Directories that a program hardly needs; the first that exists and has no kept path below it is covered.
 _COVERS = ("/sys/fs/fuse/connections", "/mnt", "/media", "/srv", "/opt", "/home")
 _MAX_REQUEST = 64 * 1024
+_MAX_FDS = 4
 _MAX_LINE = 2000
 _MAX_CHUNKS = 16
 _STANDIN_TIMEOUT = 2.0  # heartbeats wait as long; the stand-in is quick
@@ -40,29 +44,30 @@ _STANDIN_TIMEOUT = 2.0  # heartbeats wait as long; the stand-in is quick
 class Program:
     """One foreign program, from its mountpoint to its end."""
 
-    def __init__(self, control: socket.socket, link: int, start: dict[str, Any], private: bool) -> None:
-        """Everything that needs privileges; they are dropped after this."""
+    def __init__(self, control: socket.socket, fds: list[int], start: dict[str, Any], private: bool) -> None:
+        """Everything that needs privileges; they are dropped after this. Without `fds` it is a spare."""
         self._control = control
-        self._link: int | None = link
+        self._link: int | None = fds[0] if fds else None
+        self._gate = None if fds else socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for fd in fds[1:]:
+            os.close(fd)  # a program that knows nothing of us keeps no state with us
         self._beat = max(0.05, float(start["heartbeat"]))
         self._next_beat = time.monotonic() + self._beat
         self._listener: socket.socket | None = None
         self._poll: select.poll | None = None
         self._last_line = b""
         self._environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH",)}
-        mountpoint = f"/dev/fd/{link}"
+        self._start = start
+        self._mountpoint = f"/dev/fd/{self._link}"
         if private:
-            room = _private_room(start["sandbox"])
+            room = _private_room(start["sandbox"], [*start["sandbox"]["keep_paths"], *named_paths(start)])
             if room is None:
                 raise OSError("no place for a private mountpoint")
-            mountpoint = os.path.join(room, "mnt")
+            self._mountpoint = os.path.join(room, "mnt")
             self._listener = _listen(os.path.join(room, "link"), start["sandbox"])
             _cover_fusermount(room)
             _cover_device()
             self._environment["PATH"] = f"{room}/bin:{self._environment.get('PATH', os.defpath)}"
-        self._arguments = _arguments(start, mountpoint)
-        # What libfuse says as root at its end: the mount is not its own, and there is nothing to be done about it.
-        self._expected = f"fuse: failed to unmount {mountpoint}: {os.strerror(errno.EPERM)}\n".encode()
         self._errors, self._errors_write = os.pipe2(os.O_CLOEXEC)
 
     def execute(self) -> NoReturn:
@@ -70,11 +75,22 @@ class Program:
         os.dup2(self._errors_write, 2)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)  # ignored by our interpreter or by us; exec would pass that on
+        if self._gate is not None:
+            self._gate[0].close()
+            word, fds, _, _ = socket.recv_fds(self._gate[1], 16, 1)
+            if not word:
+                os._exit(0)  # its turn never came
+            if fds:
+                self._link = int(word)
+                self._mountpoint = f"/dev/fd/{self._link}"
+                if fds[0] != self._link:
+                    os.dup2(fds[0], self._link)  # over whatever is there: exec closes all the rest
         if self._listener is None and self._link is not None:
             os.set_inheritable(self._link, True)
-        program = self._arguments[0]
+        arguments = _arguments(self._start, self._mountpoint)
+        program = arguments[0]
         try:
-            os.execvpe(program, self._arguments, self._environment)  # noqa: S606 - a shell is what is not wanted
+            os.execvpe(program, arguments, self._environment)  # noqa: S606 - a shell is what is not wanted
         except OSError as exc:
             os.write(2, f"{program}: {os.strerror(exc.errno or 0)}\n".encode())
         os._exit(127)
@@ -83,8 +99,14 @@ class Program:
         """In init, after the fork."""
         os.close(self._errors_write)
         os.set_blocking(self._errors, False)
+        if self._gate is not None:
+            self._gate[1].close()
+            self._send({"t": "warm"})
+        self._serves_at_once()
+
+    def _serves_at_once(self) -> None:
         if self._listener is None and self._link is not None:
-            os.close(self._link)  # the program has inherited it and serves at once
+            os.close(self._link)  # the program has inherited it
             self._link = None
             self._send({"t": "ready", "services": [], "mount_options": {}})
 
@@ -121,7 +143,7 @@ class Program:
             how = f"exited with status {code}" if code >= 0 else f"was ended by signal {-code}"
             last = self._last_line.decode("utf-8", "replace").strip()
             said = f"; it said: {last}" if last else ""
-            name = os.path.basename(self._arguments[0])
+            name = os.path.basename(shlex.split(self._start["driver"]["command"])[0])
             self._send({"t": "failed", "error": f"{name} {how} before it mounted{said}"})
 
     def _pass_errors(self) -> None:
@@ -135,7 +157,9 @@ class Program:
                     self._poll.unregister(self._errors)
                     self._poll = None
                 return
-            data = data.replace(self._expected, b"")
+            # What libfuse says as root at its end: the mount is not its own, and there is nothing to be done about it.
+            expected = f"fuse: failed to unmount {self._mountpoint}: {os.strerror(errno.EPERM)}\n"
+            data = data.replace(expected.encode(), b"")
             tail = (self._last_line + data).rstrip(b"\n")
             self._last_line = tail.rpartition(b"\n")[2][-_MAX_LINE:] + (b"\n" if data.endswith(b"\n") else b"")
             try:
@@ -144,8 +168,10 @@ class Program:
                 pass  # nobody reads our log any more
 
     def _read_control(self) -> None:
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        fds: list[int] = []
         try:
-            packet = self._control.recv(_MAX_REQUEST, socket.MSG_DONTWAIT)
+            packet, fds, _, _ = socket.recv_fds(self._control, _MAX_REQUEST, _MAX_FDS, flags)
         except BlockingIOError:
             return
         except OSError:
@@ -153,14 +179,33 @@ class Program:
         if not packet:
             os._exit(1)  # the supervisor is gone, and with us everything in here
         try:
-            is_stop = json.loads(packet).get("t") == "stop"
+            word = json.loads(packet).get("t")
         except (ValueError, AttributeError):
-            return
+            word = None
+        if self._gate is not None:
+            if word == "take_over" and fds:
+                self._open_gate(self._gate[0], fds.pop(0))
+            elif word == "stop":
+                os._exit(0)  # it has served nothing
+        for fd in fds:
+            os.close(fd)
         # The shim has closed its end: the program sees that and finishes what it has in memory (fuse-zip writes its
         # archive now), with libfuse's signal handlers already taken away, so that a SIGTERM would cut it off.
         # The supervisor sends one when its patience ends.
-        if is_stop and self._link is not None:
+        if word == "stop" and self._link is not None:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _open_gate(self, gate: socket.socket, link: int) -> None:
+        self._gate, self._link = None, link
+        number = b"%d" % link  # the same in both processes, as if it had been inherited
+        if self._listener is None:
+            self._mountpoint = f"/dev/fd/{link}"
+        try:
+            socket.send_fds(gate, [number], [link] if self._listener is None else [])
+        except OSError:
+            pass  # it has just ended, and we shall hear of that
+        gate.close()
+        self._serves_at_once()
 
     def _serve_standin(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -211,9 +256,9 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _private_room(limits: dict[str, Any]) -> str | None:
+def _private_room(limits: dict[str, Any], kept_paths: list[str]) -> str | None:
     """A small private filesystem with an empty `mnt`, which belongs to the program's user."""
-    kept = [os.path.abspath(path) + "/" for path in limits["keep_paths"]]
+    kept = [os.path.abspath(path) + "/" for path in kept_paths]
     for cover in _COVERS:
         if not os.path.isdir(cover) or any(path.startswith(cover + "/") for path in kept):
             continue

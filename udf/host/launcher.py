@@ -6,10 +6,13 @@ Owns: the three processes of a host and how they end together:
   driver   serve.py in this interpreter, or a foreign program (foreign.py)
 The driver is not the namespace's first process itself: that one cannot be ended by most signals, not even its own.
 Must never: import anything but the standard library (this stage is forked, not executed again), or run driver code.
-Called by: `python -m udf.host`.
+Called by: `python -m udf.host`, and zygote.py in a process that it forked ahead.
 
 When the supervisor dies, each of the three dies: by PR_SET_PDEATHSIG from its parent, and the anchor also when the
 control socket hangs up (the supervisor's thread that started us may end before the supervisor does).
+
+The report socket is the anchor's alone, so that the supervisor can believe what it hears there: `tree` with a pidfd
+of init, before the driver is started; `ended` with the driver's exit status, before init ends.
 """
 
 from __future__ import annotations
@@ -21,33 +24,54 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from udf.host import foreign, init, sandbox
+from udf.host import init, sandbox
 from udf.host import syscalls as sys_
 
 MAX_MESSAGE = 64 * 1024
 _MAX_FDS = 4
 _UCRED = struct.Struct("iII")
-_STATUS = struct.Struct("i")
 
 
 def main(argv: list[str]) -> int:
-    """Run a host on the control socket whose descriptor is the only argument. Returns the exit status."""
-    if len(argv) != 2 or not argv[1].isdigit():
-        print("usage: python -m udf.host FD (it is started by udf itself)", file=sys.stderr)
+    """Run a host on the sockets whose descriptors are the arguments. Returns the exit status."""
+    if len(argv) not in (2, 3) or not all(number.isdigit() for number in argv[1:]):
+        print("usage: python -m udf.host CONTROL [REPORT] (it is started by udf itself)", file=sys.stderr)
         return 2
-    control = socket.socket(fileno=int(argv[1]))
-    control.set_inheritable(False)
+    sockets = [socket.socket(fileno=int(number)) for number in argv[1:]]
+    for each in sockets:
+        each.set_inheritable(False)
     # First of all: from here on nothing of this host outlives the supervisor.
     sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+    sandbox.settle()
+    return run(sockets[0], sockets[1] if len(sockets) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Init, and what the anchor has of it."""
+
+    pid: int
+    bond: socket.socket
+    told: int  # the writing end of a pipe; init's descendants have the other
+
+
+def run(
+    control: socket.socket, report: socket.socket | None, hand_over: Callable[[init.Orders], Tree | None] | None = None
+) -> int:
+    """Run a host in a process that has settled. Returns the exit status.
+
+    `hand_over` gives the orders to an init that was forked ahead, if there is one that can follow them.
+    """
     received = _receive_start(control)
     if received is None:
         return 0
-    packet, link = received
+    packet, fds = received
     try:
-        start = json.loads(packet)
-        return _launch(control, link, packet, start)
+        return _launch(control, report, fds, packet, hand_over)
     except Exception as exc:
         report_failure(control, f"the driver host could not be set up: {exc}")
         return 1
@@ -61,66 +85,92 @@ def report_failure(control: socket.socket, sentence: str) -> None:
         print(f"udf host: {sentence}", file=sys.stderr)
 
 
-def _receive_start(control: socket.socket) -> tuple[bytes, int] | None:
+def _receive_start(control: socket.socket) -> tuple[bytes, list[int]] | None:
     while True:
-        packet, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, _MAX_FDS)
+        packet, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         if not packet:
             return None
         message = json.loads(packet)
         if message.get("t") == "stop":
             return None
-        if message.get("t") == "start" and len(fds) == 1:
-            os.set_inheritable(fds[0], False)
-            return packet, fds[0]
+        # A spare gets its link (and what else there is) when its turn comes.
+        if message.get("t") == "start" and bool(fds) is not bool(message.get("spare")):
+            return packet, fds
         for fd in fds:
             os.close(fd)
 
 
-def _launch(control: socket.socket, link: int, packet: bytes, start: dict[str, Any]) -> int:
+def _launch(
+    control: socket.socket,
+    report: socket.socket | None,
+    fds: list[int],
+    packet: bytes,
+    hand_over: Callable[[init.Orders], Tree | None] | None,
+) -> int:
+    start = json.loads(packet)
     limits = start["sandbox"]
-    limits["keep_paths"] = [*limits["keep_paths"], *foreign.named_paths(start)]
+    sandbox.limit(int(limits["nofile"]))
+    if hand_over is not None:
+        orders = init.Orders(control, fds, packet, start, bool(limits["namespaces"]), -1)
+        tree = hand_over(orders)
+        if tree is not None:
+            return _anchor(tree, control, report, fds, limits, private=True)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
-    sandbox.close_other_descriptors([control.fileno(), link])
-    sandbox.limit(int(limits["nofile"]))
+    sandbox.close_other_descriptors([control.fileno(), *fds, *([] if report is None else [report.fileno()])])
     private = bool(limits["namespaces"]) and sandbox.leave_namespaces(int(limits["uid"]), int(limits["gid"]))
     if private:
-        sandbox.hide_fuse_mounts(limits["keep_paths"])
+        sandbox.hide_fuse_mounts(init.keep_paths(start))
+    told, told_write = os.pipe2(os.O_CLOEXEC)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     pid = os.fork()
     if pid == 0:
         ours.close()
-        _become_init(theirs, control, link, packet, start, private)
+        os.close(told_write)
+        if report is not None:
+            report.close()
+        _become_init(theirs, init.Orders(control, fds, packet, start, private, told))
     theirs.close()
-    os.close(link)
-    return _anchor(ours, control, pid, limits)
+    os.close(told)
+    return _anchor(Tree(pid, ours, told_write), control, report, fds, limits, private=private)
 
 
-def _become_init(
-    bond: socket.socket, control: socket.socket, link: int, packet: bytes, start: dict[str, Any], private: bool
-) -> NoReturn:
+def _become_init(bond: socket.socket, orders: init.Orders) -> NoReturn:
     status = 1
     try:
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
         # If the anchor died before the line above, its end is closed and nobody will say go.
         if bond.recv(1) == b"g":
-            status = init.run(bond, control, link, packet, start, private)
+            status = init.run(bond, orders)
     except BaseException as exc:
-        report_failure(control, f"the driver host could not be set up: {exc}")
+        report_failure(orders.control, f"the driver host could not be set up: {exc}")
     finally:
         os._exit(status)
 
 
-def _anchor(bond: socket.socket, control: socket.socket, init_pid: int, limits: dict[str, Any]) -> int:
+def _anchor(
+    tree: Tree,
+    control: socket.socket,
+    report: socket.socket | None,
+    fds: list[int],
+    limits: dict[str, Any],
+    *,
+    private: bool,
+) -> int:
+    bond = tree.bond
     sys_.set_name("udf-anchor")
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGTERM, lambda *_: None)
-    init_fd = os.pidfd_open(init_pid)
-    sandbox.drop_privileges({**limits, "capabilities": []})
+    init_fd = os.pidfd_open(tree.pid)
+    _report(report, {"t": "tree", "private": private}, [init_fd])
     bond.send(b"g")
+    for fd in fds:
+        os.close(fd)
+    # The capabilities are needed for nothing any more; init drops its own at the same time.
+    sandbox.drop_privileges({**limits, "capabilities": []})
 
     poll = select.poll()
     poll.register(init_fd, select.POLLIN)
@@ -138,16 +188,17 @@ def _anchor(bond: socket.socket, control: socket.socket, init_pid: int, limits: 
                 poll.unregister(bond)
             elif data == b"d":
                 _say_started(control, driver_pid)
+                os.close(tree.told)
             else:
-                status = _STATUS.unpack(data)[0]
+                status = _report_end(report, data)
         if control.fileno() in ready:
             _signal(init_fd, signal.SIGKILL)
             poll.unregister(control)
         if init_fd in ready:
-            _, own = os.waitpid(init_pid, 0)
+            _, own = os.waitpid(tree.pid, 0)
             for data, _ in iter(lambda: _receive(bond), (b"", 0)):
-                if len(data) == _STATUS.size:
-                    status = _STATUS.unpack(data)[0]
+                if len(data) == init.END.size:
+                    status = _report_end(report, data)
             return _end_as(own if status is None else status)
 
 
@@ -160,7 +211,7 @@ def _signal(pidfd: int, number: signal.Signals) -> None:
 
 def _receive(bond: socket.socket) -> tuple[bytes, int]:
     # The kernel writes the sender's pid as this process sees it, whatever namespace the sender is in.
-    data, control, _, _ = bond.recvmsg(16, socket.CMSG_SPACE(_UCRED.size))
+    data, control, _, _ = bond.recvmsg(64, socket.CMSG_SPACE(_UCRED.size))
     for level, kind, value in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and data:
             return data, _UCRED.unpack(value[: _UCRED.size])[0]
@@ -172,6 +223,22 @@ def _say_started(control: socket.socket, pid: int) -> None:
         control.send(json.dumps({"t": "started", "pid": pid}).encode())
     except OSError:
         pass  # the supervisor is gone; the hang-up ends us
+
+
+def _report_end(report: socket.socket | None, data: bytes) -> int:
+    """Tell the supervisor how the driver ended; init ends in the same moment, and we have to wait for that."""
+    status, max_rss = init.END.unpack(data)
+    _report(report, {"t": "ended", "status": os.waitstatus_to_exitcode(status), "max_rss": max_rss})
+    return int(status)
+
+
+def _report(report: socket.socket | None, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    if report is None:
+        return
+    try:
+        socket.send_fds(report, [json.dumps(message).encode()], fds, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    except OSError:
+        pass  # the supervisor is gone; the hang-up of the control socket ends us
 
 
 def _end_as(status: int) -> int:

@@ -58,6 +58,25 @@ class Supervisor:
             return True  # it is gone, and we shall be told by the end of the socket
         return True
 
+    def wait_for_turn(self, interval: float) -> list[int] | None:
+        """As a spare: heartbeats until `take_over` brings the link and the rest. None: it is to end instead."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        interval = max(_MIN_INTERVAL, interval)
+        while True:
+            if not poll.poll(interval * 1000):
+                self.try_send(messages.HostHeartbeat(loop_age=0.0))
+                continue
+            flags = socket.MSG_CMSG_CLOEXEC
+            data, fds, _, _ = socket.recv_fds(self._control, messages.MAX_MESSAGE, messages.MAX_DESCRIPTORS, flags)
+            message = messages.decode_to_host(data) if data else None
+            if isinstance(message, messages.TakeOver) and fds:
+                return fds
+            for fd in fds:
+                os.close(fd)
+            if message is None or isinstance(message, messages.Stop):
+                return None
+
     def receive(self) -> messages.ToHost | None:
         """The next message; None when the supervisor is gone."""
         try:

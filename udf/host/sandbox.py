@@ -23,10 +23,14 @@ _FUSE_TYPES = ("fuse", "fuseblk")
 
 
 def limit(nofile: int) -> None:
-    """Limits that need no right: descriptors, no core files, a terminal's signals are not for us."""
+    """How many descriptors a driver may have; needs no right."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     nofile = nofile if hard == resource.RLIM_INFINITY else min(nofile, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
+
+
+def settle() -> None:
+    """What is the same for every driver and needs no right: no core files, a terminal's signals are not for us."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o022)  # until the driver serves: what its interpreter writes meanwhile is code
     with suppress(OSError):
@@ -80,7 +84,7 @@ def hide_fuse_mounts(keep_paths: Iterable[str]) -> None:
     kept = [os.fsencode(os.path.abspath(path)) for path in {*keep_paths, *own} if path]
     detached: list[bytes] = []
     # The upper ones first: with a mount goes what is mounted below it, and its dead server is never asked for a path.
-    for point in sorted(_fuse_mountpoints(), key=len):
+    for point in sorted(fuse_mountpoints(), key=len):
         if any(_is_below(path, point) for path in kept) or any(_is_below(point, gone) for gone in detached):
             continue
         try:
@@ -92,7 +96,8 @@ def hide_fuse_mounts(keep_paths: Iterable[str]) -> None:
                 _say(f"the mount {os.fsdecode(point)} stays visible: {exc.strerror}")
 
 
-def _fuse_mountpoints() -> list[bytes]:
+def fuse_mountpoints() -> list[bytes]:
+    """Where this namespace has FUSE mounts on top."""
     points: list[bytes] = []
     top: dict[bytes, bool] = {}
     with open("/proc/self/mountinfo", "rb") as file:

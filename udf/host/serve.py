@@ -31,8 +31,13 @@ from udf.host.pump import Pump
 FINISH_TIMEOUT = 2.0  # seconds for what a driver does at its orderly end
 
 
-def run(control: socket.socket, link: int, packet: bytes) -> int:
-    """Serve until the supervisor or the link ends it. Returns the exit status."""
+def run(control: socket.socket, link: int | None, packet: bytes, store_fds: list[int], told: int) -> int:
+    """Serve until the supervisor or the link ends it. Returns the exit status.
+
+    `store_fds` are the memfds of the driver's state store. A spare has neither them nor a link: it loads the driver's
+    code, which must not touch the source, and makes the driver only when its turn has come. `told` is a pipe that ends
+    when the supervisor knows our process: nothing is said before that.
+    """
     supervisor = Supervisor(control)
     _open_output()
     libfuse_log.redirect()
@@ -40,7 +45,18 @@ def run(control: socket.socket, link: int, packet: bytes) -> int:
         start = messages.decode_to_host(packet)
         if not isinstance(start, messages.Start):
             raise UserError("the driver host was told something else than to start")
-        operations = _load(start)
+        cls = _load_class(start)
+        Pump().install()
+        os.read(told, 1)
+        os.close(told)
+        if link is None:
+            trio.run(trio.lowlevel.checkpoint)  # brings in what the first run needs; the second is quick
+            supervisor.send(messages.Warm())
+            fds = supervisor.wait_for_turn(start.heartbeat)
+            if fds is None:
+                return 0
+            link, *store_fds = fds
+        operations = _load(start, cls, store_fds)
     except (UserError, ContractError) as exc:
         cause = exc.__cause__
         if cause is not None:
@@ -50,7 +66,6 @@ def run(control: socket.socket, link: int, packet: bytes) -> int:
     # Modes come from the programs that use the mount; and no module may be cached with such a mode from here on.
     sys.dont_write_bytecode = True
     os.umask(0)
-    Pump().install()
     try:
         # An existing descriptor as mountpoint: libfuse mounts nothing and takes no mount options.
         pyfuse3.init(Guard(operations, supervisor.report_fault), f"/dev/fd/{link}", set())
@@ -94,18 +109,23 @@ async def _end_on_sigterm(task_status: trio.TaskStatus[None]) -> None:
             pyfuse3.terminate()
 
 
-def _load(start: messages.Start) -> pyfuse3.Operations:
+def _load_class(start: messages.Start) -> type:
     path, class_name = start.driver.path, start.driver.class_name
     if not class_name:
         raise UserError(f"{path}: no class is named for the driver")
     cls = load_class(path, class_name)
     if not issubclass(cls, FsDriver | pyfuse3.Operations):
         raise UserError(f"{path}: the class {class_name} is neither an FsDriver nor a pyfuse3.Operations")
-    driver: Any = instantiate(cls, path, start.source, start.options)
+    return cls
+
+
+def _load(start: messages.Start, cls: type, store_fds: list[int]) -> pyfuse3.Operations:
+    path = start.driver.path
+    driver: Any = instantiate(cls, path, start.source, start.options, store_fds)
     if isinstance(driver, FsDriver):
         missing = [verb for verb in REQUIRED_VERBS if verb not in verbs_of(driver)]
         if missing:
-            raise UserError(f"{path}: the class {class_name} has no {missing[0]}(), which every filesystem needs")
+            raise UserError(f"{path}: the class {cls.__name__} has no {missing[0]}(), which every filesystem needs")
         return PathOperations(driver)
     operations: pyfuse3.Operations = driver
     return operations

@@ -1,14 +1,17 @@
 """The system calls that Python 3.11 lacks.
 
-Owns: their numbers and calling conventions. Must never: decide anything. Called by: launcher.py, sandbox.py, init.py
-and foreign.py, before a driver's code runs. Standard library only.
+Owns: their numbers and calling conventions. Must never: decide anything. Called by: launcher.py, sandbox.py, init.py,
+foreign.py and zygote.py, before a driver's code runs. Standard library only.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
+import struct
 
+CLONE_PARENT = 0x00008000
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
@@ -30,7 +33,12 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _CAPABILITY_VERSION_3 = 0x20080522
 
+_SYS_CLONE3 = 435  # on every architecture
+_CLONE_ARGS = struct.Struct("=8Q")
+
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]  # said once: some hundred calls for each host
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 
 
 def _check(result: int, what: str) -> int:
@@ -43,6 +51,11 @@ def _check(result: int, what: str) -> int:
 def unshare(flags: int) -> None:
     """unshare(2)."""
     _check(_libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def setns(fd: int, flags: int) -> None:
+    """setns(2)."""
+    _check(_libc.setns(ctypes.c_int(fd), ctypes.c_int(flags)), "setns")
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
@@ -66,14 +79,36 @@ def umount2(target: bytes, flags: int) -> None:
 
 def prctl(option: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> int:
     """prctl(2) with numbers."""
-    longs = [ctypes.c_ulong(value) for value in (a, b, c, d)]
-    return _check(_libc.prctl(ctypes.c_int(option), *longs), f"prctl({option})")
+    return _check(_libc.prctl(option, a, b, c, d), f"prctl({option})")
 
 
 def set_name(name: str) -> None:
     """The name of this process in ps(1): 15 bytes."""
     buffer = ctypes.create_string_buffer(name.encode("utf-8", "replace")[:15])
-    _check(_libc.prctl(ctypes.c_int(PR_SET_NAME), buffer, 0, 0, 0), "prctl(PR_SET_NAME)")
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
+
+
+def fork(flags: int) -> int:
+    """As os.fork(), with flags of clone(2): CLONE_PARENT makes our parent the new process's, CLONE_NEWPID a namespace.
+
+    Only for a process with one thread. What fork(3) does beyond that is lost: the C library's own number of the thread
+    stays the old one, which only a process that forks again (or uses no thread functions) may live with.
+    """
+    exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD  # as the parent's other child has it
+    arguments = _CLONE_ARGS.pack(flags, 0, 0, 0, exit_signal, 0, 0, 0)
+    buffer = ctypes.create_string_buffer(arguments, len(arguments))
+    python = ctypes.pythonapi
+    python.PyOS_BeforeFork()
+    # Under the interpreter's lock, as os.fork() does it.
+    pid: int = _libc_with_gil.syscall(ctypes.c_long(_SYS_CLONE3), buffer, ctypes.c_size_t(len(arguments)))
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+        return 0
+    number = ctypes.get_errno()
+    python.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(number, f"clone3: {os.strerror(number)}")
+    return pid
 
 
 class _Header(ctypes.Structure):

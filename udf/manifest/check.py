@@ -37,8 +37,8 @@ OPTION_TYPES = ("str", "int", "float", "bool", "size", "path")
 # Options that belong to the mount, whatever the driver: a manifest cannot declare them.
 MOUNT_WORDS = {
     "ro", "rw", "allow_other", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "relatime",
-    "nonempty", "max_read", "fsname", "spin", "nospin", "deadline", "defaults", "auto", "noauto", "nofail", "user",
-    "nouser", "users", "owner", "group", "async", "default_permissions",
+    "nonempty", "max_read", "fsname", "spin", "nospin", "deadline", "patience", "spare", "defaults", "auto",
+    "noauto", "nofail", "user", "nouser", "users", "owner", "group", "async", "default_permissions",
 }  # fmt: skip
 
 _BLOCK = re.compile(r"^# /// udf[ \t]*\r?\n((?:#(?:[ \t][^\n]*)?\r?\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
@@ -238,7 +238,7 @@ _KEYS: dict[str, _Check] = {
     "open": _word(*OPEN_POLICIES),
     "durability": _word(*DURABILITIES),
     "nodes": _word(*STABILITIES),
-    "inodes": _word(*STABILITIES),
+    "inodes": _word(*STABILITIES, "generation"),
     "deadline": _deadline,
     "requires": _programs,
 }

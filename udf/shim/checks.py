@@ -31,9 +31,10 @@ from udf.fuse.structs import (
     WRITE_OUT,
 )
 from udf.shim.columns import SlotsExhausted
+from udf.shim.graph import OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT
 from udf.shim.handles import Handle
 from udf.shim.inflight import Pending
-from udf.shim.nodes import FOREVER, OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT, Admitted, BadEntry
+from udf.shim.nodes import FOREVER, Admitted, BadEntry
 from udf.shim.open_files import FOPEN_ALLOWED, NEEDED, open_reply
 from udf.shim.requests import negative
 from udf.shim.service import Service
@@ -97,7 +98,7 @@ def _enter(s: Service, pending: Pending, name: bytes) -> int:
     buffer = s.link.buffer
     if not _U64.unpack_from(buffer, OUT)[0]:
         raise BadReply("an entry without a node")
-    admitted = _admit(s, pending.slot)
+    admitted = _admit(s, pending.slot, name)
     s.nodes.settle(pending.slot, name, admitted, buffer, OUT)
     return admitted[0]
 
@@ -105,8 +106,8 @@ def _enter(s: Service, pending: Pending, name: bytes) -> int:
 def _lookup(s: Service, pending: Pending, size: int) -> int:
     _expect(size, ENTRY_OUT.size)
     buffer = s.link.buffer
+    name = name_in(pending)
     if not _U64.unpack_from(buffer, OUT)[0]:
-        name = name_in(pending)
         valid = min(_U64.unpack_from(buffer, OUT + 16)[0], FOREVER)
         if valid or s.exclusive:
             remember_negative(s, pending.node_id, name, monotonic() + (FOREVER if s.exclusive else valid))
@@ -115,7 +116,7 @@ def _lookup(s: Service, pending: Pending, size: int) -> int:
             s.nodes.release(gone)
         buffer[OUT : OUT + ENTRY_OUT.size] = negative(FOREVER if s.exclusive else valid)
         return size
-    s.unsettled = pending, _admit(s, pending.slot)
+    s.unsettled = pending.slot, name, _admit(s, pending.slot, name)
     return size
 
 
@@ -123,18 +124,18 @@ def settle_entry(s: Service) -> None:
     """Bring the tables up to date with an entry that the kernel knows already."""
     if s.unsettled is None:
         return
-    pending, admitted = s.unsettled
+    parent, name, admitted = s.unsettled
     s.unsettled = None
     try:
-        s.nodes.settle(pending.slot, name_in(pending), admitted, s.link.buffer, OUT)
+        s.nodes.settle(parent, name, admitted, s.link.buffer, OUT)
     except SlotsExhausted:
         pass  # the node is there; only its name is not remembered
 
 
-def _admit(s: Service, parent: int) -> Admitted:
+def _admit(s: Service, parent: int, name: bytes) -> Admitted:
     """Take the entry in a reply as far as the kernel's answer needs it; the kernel counts one lookup of it."""
     try:
-        admitted = s.nodes.admit(parent, s.link.buffer, OUT, monotonic(), s.exclusive)
+        admitted = s.nodes.admit(parent, name, s.link.buffer, OUT, monotonic(), s.exclusive)
     except BadEntry:
         driver_id = _U64.unpack_from(s.link.buffer, OUT)[0]
         if driver_id != ROOT:
@@ -233,6 +234,7 @@ def _attributes(s: Service, pending: Pending, size: int) -> int:
     valid = min(valid, FOREVER)
     if pending.op == Opcode.SETATTR:
         nodes.touch(slot)
+        s.remembered.forget(pending.node_id)
         current = True
     else:
         current = nodes.version[slot] == pending.version
@@ -312,6 +314,7 @@ def _changed(s: Service, pending: Pending, size: int) -> int:
     """FALLOCATE, SETXATTR, REMOVEXATTR: no body, changed attributes."""
     _expect(size, 0)
     s.nodes.touch(pending.slot)
+    s.remembered.forget(pending.node_id)
     return size
 
 

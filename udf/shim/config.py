@@ -33,7 +33,7 @@ class Config:
     recover: bool = False  # the driver's death is not the end of what it served
     hide: bool = True  # keep a file that is removed while open under a hidden name
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
-    stable_inodes: bool = True  # its inode numbers do
+    inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
 
     @classmethod

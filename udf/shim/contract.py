@@ -140,6 +140,18 @@ def parse_driver_init(reply: bytes | bytearray | memoryview, *, locks: bool) -> 
     )
 
 
+def lacks(first: DriverTerms, new: DriverTerms) -> str:
+    """Return what the mount's contract rests on and *new* does not have, in words; "" if it has everything."""
+    if new.max_write < first.max_write:
+        return f"writes of {first.max_write} bytes (it takes {new.max_write})"
+    if new.time_granularity > first.time_granularity:
+        return f"time stamps of {first.time_granularity} ns (it has {new.time_granularity})"
+    for flag, what in ((Init.POSIX_ACL, "ACLs"), (Init.POSIX_LOCKS, "locks"), (Init.FLOCK_LOCKS, "flock locks")):
+        if first.flags & ~new.flags & int(flag):
+            return what
+    return ""
+
+
 def kernel_reply(offer: KernelOffer, terms: DriverTerms, *, exclusive: bool, acl: bool, locks: bool) -> bytes:
     """Return the body of the answer to the kernel's INIT: the contract of this mount for its whole life."""
     flags = _CONTRACT

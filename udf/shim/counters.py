@@ -17,9 +17,15 @@ class Counters:
         "negative_hits",
         "notifications",
         "open_hits",
+        "parked",
+        "poisoned",
+        "rebuilt",
+        "replayed",
         "requests",
+        "resolved",
         "spins",
         "spins_won",
+        "stale_hits",
         "statfs_hits",
         "timeouts",
     )
@@ -35,9 +41,15 @@ class Counters:
         self.negative_hits = 0
         self.notifications = 0
         self.open_hits = 0
+        self.parked = 0
+        self.poisoned = 0
+        self.rebuilt = 0
+        self.replayed = 0
         self.requests = 0
+        self.resolved = 0
         self.spins = 0
         self.spins_won = 0
+        self.stale_hits = 0  # answered from what was known because there was no driver to ask
         self.statfs_hits = 0
         self.timeouts = 0
 

@@ -6,6 +6,7 @@ A handle that the shim opened by itself has `driver_handle` None until the first
 
 from __future__ import annotations
 
+import os
 from array import array
 from bisect import bisect_right
 from struct import Struct
@@ -21,9 +22,9 @@ class Listing:
     kernel asks, and `complete` says that nothing more will come.
     """
 
-    __slots__ = ("complete", "data", "ends", "next_offset", "nodes", "until", "version")
+    __slots__ = ("complete", "data", "ends", "generation", "next_offset", "nodes", "seen", "until", "version")
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int, generation: int = 1) -> None:
         self.data = bytearray()
         self.ends = array("Q")  # where entry n ends in data
         self.nodes = array("I")  # the slot of entry n, pinned by this listing; 0: not looked up
@@ -31,6 +32,15 @@ class Listing:
         self.complete = False
         self.version = version  # of the directory when the listing began
         self.until = 0.0
+        self.generation = generation  # of the driver, whose offset next_offset is
+        self.seen: set[bytes] = set()  # names that an older generation gave, which must not come twice
+
+    def begin_again(self, generation: int) -> None:
+        """Go on with another generation: from its beginning, leaving out the names that are here already."""
+        if self.generation != generation and not self.complete:
+            self.generation = generation
+            self.next_offset = 0
+            self.seen = {self.entry(index)[1] for index in range(len(self.ends))}
 
     def add(self, ino: int, kind: int, name: bytes, slot: int) -> None:
         """Append one entry."""
@@ -60,7 +70,7 @@ class Listing:
 class Handle:
     """One open file or directory of the kernel's."""
 
-    __slots__ = ("driver_handle", "flags", "is_dir", "listing", "number", "opening", "slot")
+    __slots__ = ("driver_handle", "flags", "is_dir", "listing", "lost", "number", "opening", "slot")
 
     def __init__(self, number: int, slot: int, flags: int, is_dir: bool, driver_handle: int | None) -> None:
         self.number = number
@@ -69,6 +79,7 @@ class Handle:
         self.is_dir = is_dir
         self.driver_handle = driver_handle
         self.opening = False
+        self.lost = False  # a driver that died had it open for writing: what a close must tell is for the next one
         self.listing: Listing | None = None
 
 
@@ -92,6 +103,14 @@ class HandleTable:
         self._by_number[handle.number] = handle
         self._by_slot.setdefault(slot, []).append(handle)
         return handle
+
+    def forget_driver(self) -> None:
+        """The driver is gone, and with it what it had opened."""
+        for handle in self._by_number.values():
+            if handle.driver_handle is not None:
+                handle.lost = handle.lost or bool(handle.flags & os.O_ACCMODE)
+                handle.driver_handle = None
+            handle.opening = False
 
     def remove(self, handle: Handle) -> None:
         """Forget *handle*."""

@@ -8,39 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from udf.fuse.opcodes import Opcode
-
 OWN_UNIQUE = 1 << 62  # ids of our own requests start here; the kernel's and RESEND's bit 63 never meet them
-
-# May be answered EINTR, or asked again, at any time: they change nothing.
-PURE = frozenset(
-    int(op)
-    for op in (
-        Opcode.LOOKUP,
-        Opcode.GETATTR,
-        Opcode.READLINK,
-        Opcode.READ,
-        Opcode.READDIR,
-        Opcode.READDIRPLUS,
-        Opcode.STATFS,
-        Opcode.GETXATTR,
-        Opcode.LISTXATTR,
-        Opcode.ACCESS,
-        Opcode.LSEEK,
-        Opcode.STATX,
-        Opcode.OPEN,
-        Opcode.OPENDIR,
-        Opcode.BMAP,
-        Opcode.POLL,
-        Opcode.GETLK,
-    )
-)
+INTERRUPT_UNIQUE = OWN_UNIQUE + 3  # drivers answer an INTERRUPT or not: what comes is dropped
 
 
 class Pending:
     """A kernel request that was sent to the driver."""
 
-    __slots__ = ("handle", "node_id", "op", "request", "sent", "slot", "version")
+    __slots__ = ("before", "handle", "node_id", "op", "request", "sent", "slot", "version")
 
     def __init__(
         self, op: int, slot: int, node_id: int, request: bytes, sent: float, version: int, handle: object = None
@@ -51,6 +26,7 @@ class Pending:
         self.request = request  # as the kernel sent it, with its ids: what another generation can be sent again
         self.sent = sent
         self.version = version  # of the node's attributes when this was sent
+        self.before: bool | None = None  # SETXATTR to create, REMOVEXATTR: whether the attribute was there before
         self.handle = handle
 
 
@@ -90,12 +66,22 @@ Steps = Generator["Ask | Wait", "Answer", None]
 class Task:
     """A kernel request that takes several steps at the driver; each step's answer resumes the generator."""
 
-    __slots__ = ("asked", "op", "request", "slot", "steps", "unique")
+    __slots__ = ("asked", "began", "op", "pending", "request", "slot", "steps", "unique")
 
-    def __init__(self, unique: int, op: int, slot: int, request: bytes, steps: Steps, started: float) -> None:
+    def __init__(
+        self,
+        unique: int,
+        op: int,
+        slot: int,
+        request: bytes,
+        steps: Steps,
+        started: float,
+        pending: Pending | None = None,
+    ) -> None:
         self.unique = unique
         self.op = op
         self.slot = slot  # pinned: it stays this node's as long as the steps take
         self.request = request
         self.steps = steps
-        self.asked = started  # when the step under way was sent
+        self.asked = self.began = started  # when the step under way was sent, and when the first was
+        self.pending = pending  # the request was sent to a driver that died, and these steps find out what became of it

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT, READ_IN
 from udf.shim.columns import NAME_MAX
+from udf.shim.graph import ROOT
 from udf.shim.handles import LISTING_LIMIT, Handle, Listing
+from udf.shim.hiding import HIDDEN_NAME
 from udf.shim.inflight import Ask, Refuse, Steps
-from udf.shim.nodes import ROOT, BadEntry
+from udf.shim.nodes import BadEntry
 from udf.shim.tasks import caller, open_handle
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ class ListingCache:
         request = s.tasks[unique].request
         listing = handle.listing
         if listing is None:
-            listing = handle.listing = Listing(s.nodes.version[handle.slot])
+            listing = handle.listing = Listing(s.nodes.version[handle.slot], s.recovery.generation)
+        listing.begin_again(s.recovery.generation)
         yield from open_handle(s, handle, request)
         while offset >= len(listing.ends) and not listing.complete:
             ask_plus = s.terms.readdirplus and (plus or not s.terms.readdir)
@@ -67,7 +70,7 @@ class ListingCache:
             driver_offset = listing.next_offset
             wanted = size if ask_plus and plus else max(size, _CHUNK)
             body = READ_IN.pack(handle.driver_handle or 0, driver_offset, wanted, 0, 0, 0)
-            error, chunk = yield Ask(op, s.nodes.driver_id[handle.slot], body, caller(request))
+            error, chunk = yield Ask(op, s.nodes.driver(handle.slot), body, caller(request))
             if handle.listing is not listing or len(listing.ends) != before:
                 # another reader of the same handle was quicker, or rewound it
                 self._give_back(s, chunk if ask_plus and not error else b"")
@@ -80,7 +83,15 @@ class ListingCache:
             if error:
                 raise Refuse(error)
             # A chunk of just what the kernel asks for is its answer, once our ids are in it.
-            relay = ask_plus and plus and offset == before and len(chunk) <= size and unique in s.tasks
+            relay = (
+                ask_plus
+                and plus
+                and offset == before
+                and len(chunk) <= size
+                and unique in s.tasks
+                and not listing.seen
+                and not (handle.slot == ROOT and HIDDEN_NAME in chunk)
+            )
             answer = bytearray(chunk)
             try:
                 self._take(s, handle, listing, answer, ask_plus, relay)
@@ -110,7 +121,8 @@ class ListingCache:
         kept = self._kept.get(slot)
         if kept is None:
             return None
-        if kept.version == s.nodes.version[slot] and kept.until > monotonic() and s.nodes.flags[slot]:
+        in_time = kept.until > monotonic() or not s.connected
+        if kept.version == s.nodes.version[slot] and in_time and s.nodes.flags[slot]:
             self._kept.move_to_end(slot)
             return kept
         del self._kept[slot]
@@ -152,6 +164,12 @@ class ListingCache:
             if length == 0 or length > NAME_MAX or name_at + length > end:
                 raise BadEntry(f"a name of {length} bytes in a listing")
             name = bytes(chunk[name_at : name_at + length])
+            following = at + ((head + 24 + length + 7) & ~7)
+            if name in listing.seen or (handle.slot == ROOT and name.startswith(HIDDEN_NAME)):
+                self._give_back(s, bytes(chunk[at:following]) if plus else b"")
+                listing.next_offset = driver_offset
+                at = following
+                continue
             if b"/" in name or b"\0" in name:
                 raise BadEntry(f"a name with a slash or NUL in a listing: {name[:40]!r}")
             slot = 0
@@ -177,7 +195,7 @@ class ListingCache:
             else:
                 listing.add(ino, kind & 0xF, name, slot)
             listing.next_offset = driver_offset
-            at += (head + 24 + length + 7) & ~7
+            at = following
         if relay:
             del chunk[at:]
         if at == 0:
@@ -223,7 +241,8 @@ class ListingCache:
                 link = nodes.link(handle.slot, name)
                 child = nodes.link_node[link]
                 # Only what is still valid: an entry without a node makes the kernel look the name up itself.
-                if child and (not slot or child == slot) and nodes.attr_until[child] > now:
+                in_time = nodes.attr_until[child] > (now if s.connected else 0.0)
+                if child and (not slot or child == slot) and in_time:
                     nodes.lookups[child] += 1
                     entry = nodes.pack_entry(child, link, now)
             reply += entry

@@ -13,6 +13,7 @@ import select
 import sys
 import threading
 import traceback
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -20,10 +21,14 @@ from udf.fuse.mount import MountError, unmount
 from udf.fuse.structs import IN_HEADER
 from udf.shim import replies
 from udf.shim.control import Control, SupervisorGone
+from udf.shim.graph import Unresolved
 from udf.shim.link import LinkClosed
+from udf.shim.patience import check_time, give_up
 from udf.shim.requests import HANDLERS
+from udf.shim.resolve import resolve_then_again
 from udf.shim.service import Service
 from udf.shim.spin import Spin
+from udf.shim.stale import first_looks
 from udf.shim.trace import Tracer
 
 REQUEST_BUFFER = 128 * 1024 + 8192  # the kernel wants at least max_write + 80 and 8192
@@ -51,6 +56,7 @@ class Loop:
         self._epoll = select.epoll()
         self._epoll.register(service.device, _IN)
         self._epoll.register(service.link.fd, _IN)
+        service.recovery.wants_quiet = self._be_quiet
         self._epoll.register(control.fd, _IN)
         self._wake, self._waker = os.pipe()
         self._epoll.register(self._wake, _IN)
@@ -61,6 +67,7 @@ class Loop:
         self._handlers = [HANDLERS.get(op) for op in range(max(HANDLERS) + 1)]
         service.tell = self.tell
         service.dispatch = self.handle
+        service.complete = partial(replies.complete, service)
         service.link.wants_writable = self.wants_writable
 
     def tell(self, message: dict[str, object]) -> None:
@@ -79,7 +86,8 @@ class Loop:
         s = self.s
         poll = self._epoll.poll
         spin = self._spin
-        device, link = s.device, s.link.fd
+        device, recovery = s.device, s.recovery
+        self._look_around()
         next_beat = next_look = 0.0
         forgets = s.nodes.forgets
         try:
@@ -87,22 +95,28 @@ class Loop:
                 events = spin.poll(poll) if spin.wanted else None
                 if not events:
                     timeout = (
-                        _TICK if s.interrupted or s.link.incomplete else _LOOK if s.waiting or s.tasks else _HEARTBEAT
+                        _TICK
+                        if s.interrupted or s.link.incomplete
+                        else _LOOK
+                        if s.waiting or s.tasks or recovery.waits
+                        else _HEARTBEAT
                     )
                     events = poll(timeout)
                 for fd, event in events:
                     if fd == device:
                         self._from_kernel()
                         spin.worked()
-                    elif fd == link:
+                    elif fd == s.link.fd:
                         self._from_driver(event)
                         spin.worked()
                     elif fd == self.control.fd:
                         self._from_supervisor()
                     else:
                         self._unmount_ended()
-                if forgets:
+                if forgets and s.connected:
                     self._send_forgets(forgets)
+                if recovery.alone and not s.is_waiting(recovery.alone):
+                    recovery.next_suspect()
                 now = monotonic()
                 if now >= next_look or s.interrupted or s.link.incomplete:
                     next_look = now + _LOOK
@@ -113,6 +127,19 @@ class Loop:
         except Unmounted:
             return
 
+    def _look_around(self) -> None:
+        """Learn what programs will ask for when there is no driver, and remove what an earlier shim has left."""
+        s = self.s
+        if not s.config.recover:
+            return
+        if s.config.hide and not s.config.read_only:
+            s.start_own(s.hiding.clean_up(s))
+        s.start_own(first_looks(s))
+
+    def _be_quiet(self, quiet: bool) -> None:
+        """Leave the kernel's requests unread, or read them again."""
+        self._epoll.modify(self.s.device, 0 if quiet else _IN)
+
     def _send_forgets(self, forgets: list[tuple[int, int]]) -> None:
         try:
             self.s.link.send_forgets(forgets)
@@ -122,7 +149,7 @@ class Loop:
 
     def _tick(self, now: float) -> None:
         s = self.s
-        s.check_time(now)
+        check_time(s, now)
         if s.link.incomplete and now >= s.link.partial_since + _BROKEN_AFTER:
             replies.give_up_broken(s, s.link)
         if s.tracer is not None and s.tracer.closed:
@@ -155,10 +182,11 @@ class Loop:
             return
         try:
             handler(s, unique, node_id, message)
+        except Unresolved as unknown:  # raised before anything of the message was changed
+            request = bytes(message)
+            s.start(unique, op, request, resolve_then_again(s, unique, node_id, request, unknown.slot))
         except LinkClosed as closed:
             self._lose_link(str(closed))
-            if s.waiting.pop(unique, None) is not None:
-                s.answer_error(unique, errno.EIO)
         except Exception:
             traceback.print_exc()
             s.waiting.pop(unique, None)
@@ -167,7 +195,7 @@ class Loop:
     def _from_driver(self, event: int) -> None:
         s = self.s
         link = s.link
-        if not s.alive:
+        if not s.connected and not s.recovery.greeting:
             return  # lost by what came before this event in the same batch
         if event & _OUT:
             link.flush()
@@ -175,17 +203,23 @@ class Loop:
             return
         try:
             size = link.receive(s.expected)
-            if size:
+            if size and s.connected:
                 replies.on_message(s, link, size)
+            elif size:
+                s.recovery.greeted(size)
         except LinkClosed as closed:
             self._lose_link(str(closed))
         except Exception:  # ours: whoever waits for this reply meets its deadline
             traceback.print_exc()
 
     def _lose_link(self, reason: str) -> None:
-        if self.s.alive:
-            self._epoll.unregister(self.s.link.fd)
-            self.s.link_lost(reason)
+        s = self.s
+        if s.connected or s.recovery.greeting:
+            self._epoll.unregister(s.link.fd)
+            if s.connected:
+                s.link_lost(reason)
+            else:
+                s.recovery.refuse(f"the driver is gone before it answered INIT ({reason})")
 
     def _from_supervisor(self) -> None:
         message, fds = self.control.receive()
@@ -196,8 +230,24 @@ class Loop:
             self._start_unmount(bool(message.get("lazy")))
         elif kind == "counters":
             self.tell({"t": "counters", "id": message.get("id", 0), "counters": self.counters()})
+        elif kind == "attach" and fds:
+            self._attach(fds.pop(0), message)
+        elif kind == "fail":
+            self.s.recovery.fail()
+        elif kind == "requests":
+            self.tell({"t": "requests", "id": message.get("id", 0), **self.s.recovery.requests()})
+        elif kind == "abort":
+            give_up(self.s, int(message.get("request", 0)), errno.EIO)
         for fd in fds:
             os.close(fd)
+
+    def _attach(self, fd: int, message: dict[str, Any]) -> None:
+        if self.s.connected or self.s.recovery.greeting:
+            self._lose_link("another generation is attached")
+        recovery = self.s.recovery
+        recovery.attach(fd, int(message["generation"]), bool(message.get("counted", True)))
+        self.s.link.wants_writable = self.wants_writable
+        self._epoll.register(self.s.link.fd, _IN)
 
     def counters(self) -> dict[str, Any]:
         """Return the counters and the sizes of the tables."""

@@ -1,38 +1,26 @@
-"""The shim's nodes and their names: what the kernel may ask for by node id, and what the driver calls it.
+"""What a driver says of nodes: entries and attributes, checked, and the same files found again in the next generation.
 
-Owns: node ids, the kernel's and the driver's lookup counts, names (a node may have several), cached attributes and
-entry time-outs. It never sends anything: FORGETs that have become due to the driver are left in `forgets`.
-
-Node id = incarnation << 32 | slot, so an id is never used twice and finding a node is one table access; the root is 1.
-A node lives while the kernel counts a lookup, a child, an open handle or a pin (a listing in progress) needs it.
-All memory is in columns of one memfd (about 200 bytes a node with its name); nothing is kept per node as an object.
-More than 400 lines: ids, names and lifetimes rest on one set of counts, and are checked by reading them together.
+Owns: cached attributes and entry time-outs, and every rule by which an entry is believed. The nodes themselves, their
+names and lives are in graph.py, the other half of the same table.
 """
 
 from __future__ import annotations
 
 import stat
-import time
 from struct import Struct
-from zlib import crc32
 
-from udf.shim.columns import Columns, Index, Names, Slots
-
-ROOT = 1
-CAPACITY = 1 << 23  # nodes, and links; memory is charged only for those in use
-NAMES_SIZE = CAPACITY * 32
-ATTR_SIZE = 88
-
-# Flags of a node. The low byte says how a driver's OPEN may be answered without it.
-ALIVE = 0x100
-OPENED_READ = 0x1  # the driver has accepted an open for reading
-OPENED_WRITE = 0x2
-OPENED_DIR = 0x4
-OPEN_FLAGS_SHIFT = 16  # FOPEN_* as the driver gave them at the last open it answered
+from udf.shim.graph import (
+    ALIVE,
+    ATTR_SIZE,
+    HIDDEN,
+    ROOT,
+    Graph,
+)
 
 _MODE_NLINK = Struct("<II")  # attr offsets 60 and 64
 _INO = Struct("<Q")
 _ENTRY = Struct("<QQQQII8xq44xI")  # the head, and of the attributes size and mode
+_SAME = Struct("<8xQ24xQ52xI")  # of an entry: the inode's generation, its number, the mode
 _ENTRY_HEAD = Struct("<QQQQII")  # nodeid generation entry_valid attr_valid entry_valid_nsec attr_valid_nsec
 ENTRY_HEAD_SIZE = 40
 _MANY_LOOKUPS = 1 << 31
@@ -47,140 +35,10 @@ class BadEntry(Exception):
     """A driver's entry contradicts itself or what is known; the sentence says how."""
 
 
-class NodeTable:
-    """All nodes of one mount. Slots are internal; ids are what the kernel sees."""
-
-    def __init__(self) -> None:
-        n = CAPACITY
-        memory = Columns(
-            "udf-nodes", n * (8 * 3 + 4 * 10 + ATTR_SIZE) + n * (4 * 6 + 8) + n * 16 + NAMES_SIZE + (1 << 20)
-        )
-        column = memory.integers
-        self.driver_id = column("Q", n)
-        self.lookups = column("Q", n)  # the kernel's count
-        self.attr_until = memory.floats(n)  # monotonic; 0: not valid
-        self.driver_lookups = column("I", n)  # the driver's count, of this generation
-        self.generation_of = column("I", n)
-        self.incarnation = column("I", n)
-        self.first_link = column("I", n)
-        self._driver_chain = column("I", n)
-        self.children = column("I", n)  # links whose parent this is
-        self.opens = column("I", n)
-        self.pins = column("I", n)
-        self.version = column("I", n)  # changes with every possible change of the attributes
-        self.flags = column("I", n)
-        self.attrs = memory.bytes(n * ATTR_SIZE)
-        self._link_chain = column("I", n)
-        self.link_parent = column("I", n)
-        self.link_node = column("I", n)
-        self._link_hash = column("I", n)
-        self._link_name = column("I", n)
-        self._link_sibling = column("I", n)
-        self._link_until = memory.floats(n)
-        link_hash, driver_id = self._link_hash, self.driver_id
-        self._by_name = Index(column("I", n), self._link_chain, link_hash.__getitem__)
-        self._by_driver = Index(column("I", n), self._driver_chain, lambda slot: _mix(driver_id[slot]))
-        self._slots = Slots(self._driver_chain)
-        self._links = Slots(self._link_chain)
-        self._names = Names(memory.bytes(NAMES_SIZE))
-        self.generation = 1
-        self.forgets: list[tuple[int, int]] = []
-        self.negatives: dict[tuple[int, bytes], float] = {}  # by node id: a slot's next node must not inherit them
-        root = self._slots.take()
-        assert root == ROOT
-        self.flags[root] = ALIVE
-        self.lookups[root] = 1  # never given back
-        self._bind(root, ROOT)
-
-    # ---- finding
-
-    def __len__(self) -> int:
-        """Return the number of live nodes, the root included."""
-        return self._slots.used
-
-    def slot(self, node_id: int) -> int:
-        """Return the slot of a live node, or 0."""
-        slot = node_id & 0xFFFFFFFF
-        if slot and slot < CAPACITY and self.flags[slot] & ALIVE and self.incarnation[slot] == node_id >> 32:
-            return slot
-        return 0
-
-    def node_id(self, slot: int) -> int:
-        """Return the id under which the kernel knows *slot*."""
-        incarnation: int = self.incarnation[slot]
-        return incarnation << 32 | slot
-
-    def by_driver(self, driver_id: int) -> int:
-        """Return the slot that this generation of the driver calls *driver_id*, or 0."""
-        slot = self._by_driver.first(_mix(driver_id))
-        while slot and self.driver_id[slot] != driver_id:
-            slot = self._driver_chain[slot]
-        return slot
-
-    def link(self, parent: int, name: bytes) -> int:
-        """Return the link called *name* in *parent*, or 0."""
-        return self._find(crc32(name, parent), parent, name)
-
-    def _find(self, hashed: int, parent: int, name: bytes) -> int:
-        link = self._by_name.first(hashed)
-        while link:
-            if (
-                self._link_hash[link] == hashed
-                and self.link_parent[link] == parent
-                and self._names.get(self._link_name[link]) == name
-            ):
-                return link
-            link = self._link_chain[link]
-        return 0
-
-    def child(self, parent: int, name: bytes) -> int:
-        """Return the node that *name* in *parent* was last seen to be, or 0."""
-        slot: int = self.link_node[self.link(parent, name)]
-        return slot
-
-    def cached(self, parent: int, name: bytes, now: float) -> int:
-        """Return the node that *name* in *parent* is, if its entry and attributes are still valid, else 0."""
-        link = self.link(parent, name)
-        if link and self._link_until[link] > now:
-            slot: int = self.link_node[link]
-            if self.attr_until[slot] > now:
-                return slot
-        return 0
-
-    def path(self, slot: int) -> str | None:
-        """Return the path of *slot* below the mountpoint by its first names, for people; None when it has none."""
-        parts: list[str] = []
-        while slot != ROOT:
-            link = self.first_link[slot]
-            if not link or len(parts) > 256:
-                return None
-            parts.append(self._names.get(self._link_name[link]).decode("utf-8", "backslashreplace"))
-            slot = self.link_parent[link]
-        return "/" + "/".join(reversed(parts))
-
-    def mode(self, slot: int) -> int:
-        """Return the mode as last seen (0: never)."""
-        at = slot * ATTR_SIZE
-        mode: int = _MODE_NLINK.unpack_from(self.attrs, at + 60)[0]
-        return mode
-
-    def total_lookups(self) -> int:
-        """Return the kernel's lookups of all nodes but the root."""
-        return sum(self.lookups[slot] for slot in self._live())
-
-    def total_driver_lookups(self) -> int:
-        """Return the driver's lookups of all nodes but the root."""
-        return sum(self.driver_lookups[slot] for slot in self._live())
-
-    def _live(self) -> list[int]:
-        return [slot for slot in range(ROOT + 1, self._slots.top) if self.flags[slot] & ALIVE]
+class NodeTable(Graph):
+    """The graph, and what is known of each node in it."""
 
     # ---- attributes
-
-    def touch(self, slot: int) -> None:
-        """Say that the attributes of *slot* may have changed."""
-        self.attr_until[slot] = 0.0
-        self.version[slot] = (self.version[slot] + 1) & 0xFFFFFFFF
 
     def keep_attr(self, slot: int, buffer: bytearray, at: int, until: float) -> None:
         """Take the attributes at *at*, with the inode number that programs first saw put into *buffer* too.
@@ -189,15 +47,12 @@ class NodeTable:
         """
         start = slot * ATTR_SIZE
         buffer[at + 84 : at + 88] = _NO_FLAGS
+        if self.flags[slot] & HIDDEN:
+            _hide_link(buffer, at)
         if self.mode(slot):
             buffer[at : at + 8] = self.attrs[start : start + 8]
         self.attrs[start : start + ATTR_SIZE] = buffer[at : at + ATTR_SIZE]
         self.attr_until[slot] = until
-
-    def inode_number(self, slot: int) -> int:
-        """Return st_ino as programs first saw it (0: never)."""
-        number: int = _INO.unpack_from(self.attrs, slot * ATTR_SIZE)[0]
-        return number
 
     def set_mode(self, slot: int, mode: int) -> None:
         """Note what the driver has just been made to set."""
@@ -244,18 +99,22 @@ class NodeTable:
         Counts one lookup by the driver, none by the kernel. Returns the slot. Raises SlotsExhausted, and BadEntry
         (then nothing is counted).
         """
-        admitted = self.admit(parent, buffer, at, now, keep_forever)
+        admitted = self.admit(parent, name, buffer, at, now, keep_forever)
         self.settle(parent, name, admitted, buffer, at)
         return admitted[0]
 
-    def admit(self, parent: int, buffer: bytearray, at: int, now: float, keep_forever: bool) -> Admitted:
+    def admit(self, parent: int, name: bytes, buffer: bytearray, at: int, now: float, keep_forever: bool) -> Admitted:
         """Do the part of `enter` that the kernel's answer needs; `settle` must follow before anything else is done.
 
         In between the kernel can be answered, so that the program runs while the tables are brought up to date.
         """
-        driver_id, _, entry_valid, attr_valid, entry_ns, attr_ns, size, mode = _ENTRY.unpack_from(buffer, at)
+        driver_id, inode_generation, entry_valid, attr_valid, entry_ns, attr_ns, size, mode = _ENTRY.unpack_from(
+            buffer, at
+        )
         attr_at = at + ENTRY_HEAD_SIZE
         slot = self.by_driver(driver_id)
+        if not slot and self.generation > 1:
+            slot = self._known_before(parent, name, driver_id, buffer, at)
         if slot == ROOT or entry_ns > 999_999_999 or attr_ns > 999_999_999:
             raise BadEntry("an entry names the root or has an impossible time-out")
         if slot or size < 0 or mode > 0xFFFF or mode & 0o170000 not in _KINDS:
@@ -272,10 +131,13 @@ class NodeTable:
             self.driver_lookups[slot] = count
             if self.mode(slot):
                 buffer[attr_at : attr_at + 8] = self.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + 8]
+            if self.flags[slot] & HIDDEN:
+                _hide_link(buffer, attr_at)
             incarnation = self.incarnation[slot]
         else:
             slot = self._slots.take()
             self.incarnation[slot] = incarnation = (self.incarnation[slot] + 1) & 0xFFFFFFFF
+            self.inode_generation[slot] = inode_generation
             new = driver_id
         buffer[attr_at + 84 : attr_at + 88] = _NO_FLAGS
         if keep_forever:
@@ -301,6 +163,9 @@ class NodeTable:
         self.attrs[start : start + ATTR_SIZE] = buffer[at + ENTRY_HEAD_SIZE : at + ENTRY_HEAD_SIZE + ATTR_SIZE]
         self.attr_until[slot] = attr_until
         self.set_link(parent, name, slot, entry_until)
+        mode, links = _MODE_NLINK.unpack_from(self.attrs, start + 60)
+        if links > 1 and mode & 0o170000 != stat.S_IFDIR:
+            self._linked[self._key(self.inode_generation[slot], self.inode_number(slot))] = slot
 
     def pack_entry(self, slot: int, link: int, now: float) -> bytes:
         """Return the 128 bytes of an entry_out from what is cached."""
@@ -316,165 +181,62 @@ class NodeTable:
         )
         return head + bytes(self.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
 
-    def set_link(self, parent: int, name: bytes, slot: int, until: float) -> None:
-        """Make *name* in *parent* mean *slot*; a directory loses the name that it had elsewhere."""
-        if self.negatives:
-            self.negatives.pop((self.node_id(parent), name), None)
-        hashed = crc32(name, parent)
-        link = self._find(hashed, parent, name)
-        if link:
-            known = self.link_node[link]
-            if known == slot:
-                self._link_until[link] = until
-                return
-            self._remove_link(link)
-            self.release(known)
-        first = self.first_link[slot]
-        if first and self.mode(slot) & 0o170000 == stat.S_IFDIR:
-            old_parent = self.link_parent[first]
-            self._remove_link(first)
-            self.pins[slot] += 1  # a directory moved below itself by a lying driver must not free what we hold
-            self.release(old_parent)
-            self.pins[slot] -= 1
-        link = self._links.take()
-        self._link_name[link] = self._names.put(name)
-        self._link_hash[link] = hashed
-        self.link_parent[link] = parent
-        self.link_node[link] = slot
-        self._link_until[link] = until
-        self._link_sibling[link] = self.first_link[slot]
-        self.first_link[slot] = link
-        self.children[parent] += 1
-        self._by_name.add(link, hashed)
+    # ---- generations
 
-    def unlink(self, parent: int, name: bytes) -> int:
-        """Say that *name* is no longer in *parent*. Returns the node that it was, to be released, or 0."""
-        link = self.link(parent, name)
-        if not link:
-            return 0
-        slot: int = self.link_node[link]
-        mode, links = _MODE_NLINK.unpack_from(self.attrs, slot * ATTR_SIZE + 60)
-        last = links <= 1 or mode & 0o170000 == stat.S_IFDIR
-        self._remove_link(link)
-        self.touch(slot)
-        if last and not self.first_link[slot] and not self.opens[slot]:
-            self._unbind(slot)  # the driver may use the number again for another file
-        return slot
-
-    def move(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
-        """Follow a rename."""
-        link = self.link(parent, name)
-        replaced = self.link(new_parent, new_name)
-        if link and replaced and self.link_node[link] == self.link_node[replaced]:
-            return  # POSIX: renaming a file onto another link to itself does nothing
-        target = self.unlink(new_parent, new_name)
-        if link:
-            slot, until = self.link_node[link], self._link_until[link]
-            self._remove_link(link)
-            self.set_link(new_parent, new_name, slot, until)
-            self.touch(slot)
-        if target:
-            self.release(target)
-
-    def exchange(self, parent: int, name: bytes, other: int, other_name: bytes) -> None:
-        """Follow a rename with RENAME_EXCHANGE."""
-        first, second = self.link(parent, name), self.link(other, other_name)
-        one, two = self.link_node[first], self.link_node[second]
-        for link in (first, second):
-            if link:
-                self._remove_link(link)
-        now = time.monotonic()
-        if two:
-            self.set_link(parent, name, two, now)
-            self.touch(two)
-        if one:
-            self.set_link(other, other_name, one, now)
-            self.touch(one)
-
-    def expire(self, parent: int, name: bytes) -> None:
-        """Say that *name* in *parent* must be looked up again."""
-        self.negatives.pop((self.node_id(parent), name), None)
-        link = self.link(parent, name)
-        if link:
-            self._link_until[link] = 0.0
-
-    # ---- lifetimes
-
-    def forget(self, slot: int, count: int) -> None:
-        """Take back *count* of the kernel's lookups."""
-        if slot == ROOT:
+    def begin_generation(self) -> None:
+        """A new process of the driver serves from here on: it knows nothing but the root, and has counted nothing."""
+        if self._stable_nodes:
+            self.forgets.extend(self.nameless)  # the old one may have died before it heard of them
             return
-        known = self.lookups[slot]
-        self.lookups[slot] = known - count if known > count else 0
-        if known <= count:
-            self.release(slot)
+        self.forgets.clear()
+        self.generation += 1
+        self.generation_of[ROOT] = self.generation
 
-    def release(self, slot: int) -> None:
-        """Free *slot*, and then its parents, if nothing needs it any more."""
-        while slot != ROOT and not (self.lookups[slot] or self.children[slot] or self.opens[slot] or self.pins[slot]):
-            if not self.flags[slot] & ALIVE:
-                return
-            parents = []
-            link = self.first_link[slot]
-            while link:
-                parents.append(self.link_parent[link])
-                following = self._link_sibling[link]
-                self._remove_link(link)
-                link = following
-            self._unbind(slot)
-            if self.driver_lookups[slot] and self.generation_of[slot] == self.generation:
-                self.forgets.append((self.driver_id[slot], self.driver_lookups[slot]))
-            self.flags[slot] = 0
-            self.driver_lookups[slot] = 0
-            self.version[slot] = (self.version[slot] + 1) & 0xFFFFFFFF
-            self.attr_until[slot] = 0.0
-            self.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE] = _NO_ATTR
-            self._slots.give(slot)
-            if not parents:
-                return
-            for parent in parents[1:]:
-                self.release(parent)
-            slot = parents[0]
+    def is_same(self, slot: int, buffer: bytes | bytearray, at: int) -> bool:
+        """Whether the driver's entry at *at* is the file that *slot* was when it was first seen."""
+        generation, number, mode = _SAME.unpack_from(buffer, at)
+        if (mode ^ self.mode(slot)) & 0o170000:
+            return False
+        if self._inodes == "volatile":
+            return True
+        if generation != self.inode_generation[slot]:
+            return False
+        return bool((self._inodes == "generation" and generation) or number == self.inode_number(slot))
 
-    def closed(self, slot: int) -> None:
-        """Say that one handle of *slot* is closed."""
-        self.opens[slot] -= 1
-        if not self.opens[slot]:
-            if not self.first_link[slot] and slot != ROOT:
-                self._unbind(slot)
-            self.release(slot)
+    def rebind(self, slot: int, buffer: bytes | bytearray, at: int) -> bool:
+        """Take the entry at *at* for what *slot* is called now, one lookup counted; False if it is another file."""
+        driver_id: int = _INO.unpack_from(buffer, at)[0]
+        if driver_id <= ROOT or self.by_driver(driver_id) or not self.is_same(slot, buffer, at):
+            return False
+        self._rebind(slot, driver_id, 1)
+        return True
 
-    def _bind(self, slot: int, driver_id: int) -> None:
-        self.driver_id[slot] = driver_id
-        self.generation_of[slot] = self.generation
-        self._by_driver.add(slot, _mix(driver_id))
+    def _rebind(self, slot: int, driver_id: int, lookups: int) -> None:
+        self._unbind(slot)
+        self._bind(slot, driver_id)
+        self.driver_lookups[slot] = lookups
 
-    def _unbind(self, slot: int) -> None:
-        """Forget that the driver's id means *slot*; requests for the node still go to that id."""
-        if self.by_driver(self.driver_id[slot]) == slot:
-            self._by_driver.remove(slot, _mix(self.driver_id[slot]))
-
-    def _remove_link(self, link: int) -> None:
-        slot, parent = self.link_node[link], self.link_parent[link]
-        at = self.first_link[slot]
-        if at == link:
-            self.first_link[slot] = self._link_sibling[link]
-        else:
-            while self._link_sibling[at] != link:
-                at = self._link_sibling[at]
-            self._link_sibling[at] = self._link_sibling[link]
-        self._by_name.remove(link, self._link_hash[link])
-        self._names.drop(self._link_name[link])
-        self.link_node[link] = 0
-        self._links.give(link)
-        self.children[parent] -= 1
+    def _known_before(self, parent: int, name: bytes, driver_id: int, buffer: bytearray, at: int) -> int:
+        """Return the node of an older generation that the entry is about, now bound, with no lookup counted; or 0."""
+        if driver_id <= ROOT:
+            return 0
+        known: int = self.link_node[self.link(parent, name)]
+        linked = 0
+        if self._linked and self._inodes != "volatile":
+            linked = self._linked.get(self._key(*_SAME.unpack_from(buffer, at)[:2]), 0)
+        for slot in (known, linked):
+            if slot > ROOT and not self.is_resolved(slot) and self.is_same(slot, buffer, at):
+                self._rebind(slot, driver_id, 0)
+                return slot
+        return 0
 
 
-_NO_ATTR = bytes(ATTR_SIZE)
 _NO_FLAGS = bytes(4)
 _KINDS = frozenset((stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 
 
-def _mix(driver_id: int) -> int:
-    """Hash a driver's node id; many are pointers or inode numbers, whose low bits are alike."""
-    return ((driver_id ^ driver_id >> 32) * 0x9E3779B1 >> 8) & 0xFFFFFFFF
+def _hide_link(buffer: bytearray, at: int) -> None:
+    """Take the shim's own link out of the count in the attributes at *at*."""
+    mode, links = _MODE_NLINK.unpack_from(buffer, at + 60)
+    if links:
+        _MODE_NLINK.pack_into(buffer, at + 60, mode, links - 1)

@@ -15,8 +15,8 @@ from udf.fuse.flags import Fopen, WriteFlag
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OPEN_OUT
 from udf.shim import tasks
+from udf.shim.graph import OPEN_FLAGS_SHIFT, OPENED_DIR, OPENED_READ, OPENED_WRITE
 from udf.shim.handles import Handle
-from udf.shim.nodes import OPEN_FLAGS_SHIFT, OPENED_DIR, OPENED_READ, OPENED_WRITE
 from udf.shim.tasks import STRIPPED, without_suid
 
 if TYPE_CHECKING:
@@ -61,10 +61,14 @@ def open_(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.counters.open_hits += 1
         handle = s.handles.add(slot, flags, is_dir, None)
         nodes.opens[slot] += 1
-        s.answer(unique, open_reply(s, handle, known >> OPEN_FLAGS_SHIFT), by="cache")
+        fopen = known >> OPEN_FLAGS_SHIFT
+        if not s.connected and not fopen & _DIRECT_IO:
+            fopen |= _KEEP_CACHE  # the pages that the kernel has are all that there is until a driver comes
+        s.answer(unique, open_reply(s, handle, fopen), by="cache")
         return
+    driver_id = nodes.driver(slot)
     pending = s.keep(message[4], node_id, slot, message)
-    _U64.pack_into(message, 16, nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     _U32.pack_into(message, BODY, flags & ~STRIPPED)
     s.send(pending, unique, message)
 
@@ -142,7 +146,9 @@ def with_handle(s: Service, unique: int, node_id: int, message: memoryview) -> N
 def flush(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """FLUSH: of a handle that the driver does not know there is nothing to flush."""
     handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is None or handle.driver_handle is None:
+    if handle is not None and handle.driver_handle is None and handle.lost:
+        _open_then(s, unique, node_id, message, handle)  # a driver may keep something back until it is told
+    elif handle is None or handle.driver_handle is None:
         s.counters.local_answers += 1
         s.answer(unique)
     else:
@@ -178,12 +184,13 @@ def copy_file_range(s: Service, unique: int, node_id: int, message: memoryview) 
         if handle.driver_handle is None:
             _open_then(s, unique, node_id, message, handle)
             return
+    source_id, target_id = s.nodes.driver(source.slot), s.nodes.driver(target.slot)
     s.nodes.touch(target.slot)
     pending = s.keep(op, node_id, source.slot, message)
     pending.handle = target
-    _U64.pack_into(message, 16, s.nodes.driver_id[source.slot])
+    _U64.pack_into(message, 16, source_id)
     _U64.pack_into(message, BODY, source.driver_handle or 0)
-    _U64.pack_into(message, BODY + 16, s.nodes.driver_id[target.slot])
+    _U64.pack_into(message, BODY + 16, target_id)
     _U64.pack_into(message, BODY + 24, target.driver_handle or 0)
     s.send(pending, unique, message)
 
@@ -211,9 +218,9 @@ def release(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     if handle is None:
         return
     s.handles.remove(handle)
-    if handle.driver_handle is not None and s.alive:
+    if handle.driver_handle is not None and s.connected:
         _U64.pack_into(message, BODY, handle.driver_handle)
-        tasks.post(s, message[4], s.nodes.driver_id[handle.slot], bytes(message[BODY:]), bytes(message))
+        tasks.post(s, message[4], s.nodes.driver(handle.slot), bytes(message[BODY:]), bytes(message))
     if handle.listing is not None:
         s.listings.closed(s, handle)
-    s.nodes.closed(handle.slot)
+    s.closed(handle.slot)

@@ -27,11 +27,12 @@ from udf.shim.checks import (
 )
 from udf.shim.columns import SlotsExhausted
 from udf.shim.handles import Handle
-from udf.shim.inflight import OWN_UNIQUE, Pending
+from udf.shim.inflight import INTERRUPT_UNIQUE, OWN_UNIQUE, Pending
 from udf.shim.nodes import FOREVER, BadEntry
 from udf.shim.open_files import open_reply
+from udf.shim.remembered import REMEMBERED
 from udf.shim.requests import negative
-from udf.shim.service import INTERRUPT_UNIQUE, Service
+from udf.shim.service import Service
 
 if TYPE_CHECKING:
     from udf.shim.link import Link
@@ -91,11 +92,24 @@ def on_message(s: Service, link: Link, size: int) -> None:
         return
     if s.interrupted:
         s.interrupted.pop(unique, None)
+    if length != size or (error and size != OUT):
+        if not (link.mixed and tasks.read_again(s, unique, pending)):
+            s.fault(pending.op, "BadReply", f"a reply of {size} bytes that says it has {length}")
+            s.answer_error(unique, errno.EIO)
+        return
+    _finish(s, link, pending, unique, error, size)
+
+
+def complete(s: Service, unique: int, pending: Pending, body: bytes) -> None:
+    """Answer a request whose reply was lost with its driver, as if the reply had come."""
+    size = OUT + len(body)
+    s.link.buffer[:size] = OUT_HEADER.pack(size, 0, unique) + body
+    _finish(s, s.link, pending, unique, 0, size)
+
+
+def _finish(s: Service, link: Link, pending: Pending, unique: int, error: int, size: int) -> None:
+    """Check a reply, take what it changes, pass it on. The request is answered whatever is wrong with it."""
     try:
-        if length != size or (error and size != OUT):
-            if link.mixed and tasks.read_again(s, unique, pending):
-                return
-            raise BadReply(f"a reply of {size} bytes that says it has {length}")
         if error:
             _failed(s, pending, unique, error)
             return
@@ -115,6 +129,8 @@ def on_message(s: Service, link: Link, size: int) -> None:
         traceback.print_exc()
         s.answer_error(unique, errno.EIO)
         return
+    if pending.op in REMEMBERED:
+        s.remembered.keep(pending.node_id, pending.op, pending.request[BODY:], 0, bytes(link.view[OUT:size]))
     if size:
         s.pass_on(unique, link.view[:size])
     if s.unsettled is not None:
@@ -195,13 +211,15 @@ def settle(s: Service, pending: Pending, size: int) -> None:
         handle = pending.handle
         s.handles.remove(handle)
         s.post_release(handle)
-        s.nodes.closed(handle.slot)
+        s.closed(handle.slot)
 
 
 def _failed(s: Service, pending: Pending, unique: int, error: int) -> None:
     """The driver answered with an errno."""
     op = pending.op
     number = _sane(s, op, error)
+    if op in REMEMBERED:
+        s.remembered.keep(pending.node_id, op, pending.request[BODY:], number, b"")
     if number == errno.ENOSYS:
         refusal = REFUSALS.get(op)
         if refusal is not None:

@@ -7,6 +7,7 @@ Here are names and attributes, and the table; requests on open files are in `ope
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING
 from udf.fuse.flags import Fattr, GetattrFlag, SetxattrFlag
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT, IN_HEADER
-from udf.shim import open_files, tasks
-from udf.shim.nodes import ATTR_SIZE
+from udf.shim import open_files, patience, tasks
+from udf.shim.graph import ATTR_SIZE, ROOT
+from udf.shim.hiding import HIDDEN_NAME, needs_hiding
+from udf.shim.remembered import REMEMBERED
+from udf.shim.stale import answer_stale, is_unchanged, stale_attributes
 from udf.shim.tasks import forward_rename, without_suid
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ _FATTR_MODE = int(Fattr.MODE)
 _FATTR_OWNER = int(Fattr.UID | Fattr.GID)
 _FATTR_HOW = int(Fattr.FH | Fattr.LOCKOWNER)
 _FATTR_KILL = int(Fattr.KILL_SUIDGID)
+_RENAME_EXCHANGE = 2
 _ACL_KILL = int(SetxattrFlag.ACL_KILL_SGID)
 
 Handler = Callable[["Service", int, int, memoryview], None]
@@ -46,12 +51,17 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """LOOKUP: from the name cache while entry and attributes are valid."""
     slot = s.nodes.slot(node_id)
     name = bytes(message[BODY:-1])
+    if slot == ROOT and name.startswith(HIDDEN_NAME):
+        s.answer_error(unique, errno.ENOENT)
+        return
     now = monotonic()
     child = s.nodes.cached(slot, name, now)
     if child:
         s.counters.name_hits += 1
         s.nodes.lookups[child] += 1
         s.answer(unique, s.nodes.pack_entry(child, s.nodes.link(slot, name), now), by="cache")
+        return
+    if not s.connected and _lookup_stale(s, unique, slot, name, now):
         return
     if s.nodes.negatives:
         until = s.nodes.negatives.get((node_id, name))
@@ -60,6 +70,16 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
             s.answer(unique, negative(until - now), by="cache")
             return
     s.forward(1, unique, node_id, slot, message)
+
+
+def _lookup_stale(s: Service, unique: int, slot: int, name: bytes, now: float) -> bool:
+    """Without a driver a name means what it last meant, until there is one to ask."""
+    link = s.nodes.link(slot, name)
+    child = s.nodes.link_node[link]
+    if not child or s.nodes.is_expired(link) or not is_unchanged(s, child):
+        return False
+    s.nodes.lookups[child] += 1
+    return answer_stale(s, unique, s.nodes.pack_entry(child, link, now))
 
 
 def negative(valid: float) -> bytes:
@@ -79,8 +99,11 @@ def getattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None
             attr = nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE]
             s.answer(unique, _ATTR_HEAD.pack(int(valid), int(valid % 1 * 1e9)) + attr, by="cache")
             return
+    if not s.connected and answer_stale(s, unique, stale_attributes(s, slot)):
+        return
+    driver_id = nodes.driver(slot)
     pending = s.keep(3, node_id, slot, message)
-    _U64.pack_into(message, 16, nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     _drop_unknown_handle(s, message)
     s.send(pending, unique, message)
 
@@ -92,9 +115,10 @@ def statx(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.answer_error(unique, s.refused[Opcode.STATX])
         return
     slot = s.nodes.slot(node_id)
+    driver_id = s.nodes.driver(slot)
     pending = s.keep(Opcode.STATX, node_id, slot, message)
     _drop_unknown_handle(s, message)
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     s.send(pending, unique, message)
 
 
@@ -113,6 +137,7 @@ def setattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None
     """SETATTR. With HANDLE_KILLPRIV_V2 the server clears suid and sgid: put into the mode that the driver is to set."""
     nodes = s.nodes
     slot = nodes.slot(node_id)
+    driver_id = nodes.driver(slot)
     pending = s.keep(4, node_id, slot, message)
     nodes.touch(slot)
     valid = _U32.unpack_from(message, BODY)[0]
@@ -135,7 +160,7 @@ def setattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None
             valid |= _FATTR_MODE
             _U32.pack_into(message, BODY + 68, killed)
     _U32.pack_into(message, BODY, valid & ~_FATTR_KILL)
-    _U64.pack_into(message, 16, nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     s.send(pending, unique, message)
 
 
@@ -147,6 +172,16 @@ def plain(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.counters.local_answers += 1
         s.answer_error(unique, refused)
         return
+    if not s.connected and op in REMEMBERED:
+        known = s.remembered.find(node_id, op, bytes(message[BODY:]))
+        if known is not None:
+            s.counters.stale_hits += 1
+            error, body = known
+            if error:
+                s.answer_error(unique, error, by="cache")
+            else:
+                s.answer(unique, body, by="cache")
+            return
     slot = s.nodes.slot(node_id)
     s.forward(op, unique, node_id, slot, message)
 
@@ -161,18 +196,20 @@ def _apply_umask(s: Service, message: memoryview, mode_at: int, umask_at: int) -
 def mknod(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """MKNOD."""
     slot = s.nodes.slot(node_id)
+    driver_id = s.nodes.driver(slot)
     pending = s.keep(8, node_id, slot, message)
     _apply_umask(s, message, BODY, BODY + 8)
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     s.send(pending, unique, message)
 
 
 def mkdir(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """MKDIR."""
     slot = s.nodes.slot(node_id)
+    driver_id = s.nodes.driver(slot)
     pending = s.keep(9, node_id, slot, message)
     _apply_umask(s, message, BODY, BODY + 4)
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     s.send(pending, unique, message)
 
 
@@ -185,21 +222,23 @@ def create(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.answer_error(unique, refused)
         return
     slot = s.nodes.slot(node_id)
+    driver_id = s.nodes.driver(slot)
     pending = s.keep(op, node_id, slot, message)
     _apply_umask(s, message, BODY + 4, BODY + 8)
     flags = _U32.unpack_from(message, BODY)[0]
     _U32.pack_into(message, BODY, flags & ~(os.O_APPEND | os.O_DIRECT))
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
+    _U64.pack_into(message, 16, driver_id)
     s.send(pending, unique, message)
 
 
 def unlink(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """UNLINK: a handle that the driver has not been told of yet must be opened while the name is there."""
+    """UNLINK: what is open must be opened at the driver while the name is there, and be found by the next one too."""
     slot = s.nodes.slot(node_id)
-    target = s.nodes.child(slot, bytes(message[BODY:-1]))
-    if target and s.nodes.opens[target] and tasks.unopened(s, target):
+    name = bytes(message[BODY:-1])
+    target = s.nodes.child(slot, name)
+    if target and s.nodes.opens[target] and (tasks.unopened(s, target) or needs_hiding(s, target)):
         request = bytes(message)
-        s.start(unique, 10, request, tasks.open_first(s, unique, node_id, request, target))
+        s.start(unique, 10, request, tasks.keep_first(s, unique, node_id, request, target, slot, name, goes=True))
         return
     s.forward(10, unique, node_id, slot, message)
 
@@ -214,9 +253,12 @@ def rename(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     new_parent = s.nodes.slot(_U64.unpack_from(message, BODY)[0])
     new_name = bytes(message[start:]).split(b"\0")[1]
     target = s.nodes.child(new_parent, new_name)
-    if target and s.nodes.opens[target] and tasks.unopened(s, target):
+    goes = op == Opcode.RENAME or not _U32.unpack_from(message, BODY + 8)[0] & _RENAME_EXCHANGE
+    if target and s.nodes.opens[target] and (tasks.unopened(s, target) or (goes and needs_hiding(s, target))):
         request = bytes(message)
-        s.start(unique, op, request, tasks.open_first(s, unique, node_id, request, target))
+        s.start(
+            unique, op, request, tasks.keep_first(s, unique, node_id, request, target, new_parent, new_name, goes=goes)
+        )
         return
     forward_rename(s, unique, node_id, message)
 
@@ -224,10 +266,11 @@ def rename(s: Service, unique: int, node_id: int, message: memoryview) -> None:
 def link(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """LINK: the header names the directory, the body the file."""
     slot = s.nodes.slot(node_id)
+    driver_id = s.nodes.driver(slot)
+    target_id = s.nodes.driver(s.nodes.slot(_U64.unpack_from(message, BODY)[0]))
     pending = s.keep(13, node_id, slot, message)
-    target = s.nodes.slot(_U64.unpack_from(message, BODY)[0])
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
-    _U64.pack_into(message, BODY, s.nodes.driver_id[target])
+    _U64.pack_into(message, 16, driver_id)
+    _U64.pack_into(message, BODY, target_id)
     s.send(pending, unique, message)
 
 
@@ -244,17 +287,28 @@ def setxattr(s: Service, unique: int, node_id: int, message: memoryview) -> None
     short = bytearray(request[: BODY + 8] + request[BODY + 16 :])
     _U32.pack_into(short, 0, len(short))
     s.nodes.touch(slot)
+    if s.config.recover and not kill and _U32.unpack_from(message, BODY + 4)[0] & os.XATTR_CREATE:
+        name = request[BODY + 16 :].partition(b"\0")[0]
+        s.start(unique, 21, request, tasks.note_xattr_first(s, unique, slot, request, bytes(short), name))
+        return
     if kill and s.nodes.mode(slot) & stat.S_ISGID:
         s.start(unique, 21, request, tasks.set_acl_then_kill(s, unique, slot, request, bytes(short[BODY:])))
         return
+    driver_id = s.nodes.driver(slot)
     pending = s.keep(21, node_id, slot, message)
-    _U64.pack_into(short, 16, s.nodes.driver_id[slot])
+    _U64.pack_into(short, 16, driver_id)
     s.send(pending, unique, short)
 
 
 def removexattr(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """REMOVEXATTR changes the change time, and the mode when it is an ACL."""
-    s.nodes.touch(s.nodes.slot(node_id))
+    slot = s.nodes.slot(node_id)
+    s.nodes.touch(slot)
+    if s.config.recover and Opcode.REMOVEXATTR not in s.refused:
+        request = bytes(message)
+        name = request[BODY:].partition(b"\0")[0]
+        s.start(unique, 24, request, tasks.note_xattr_first(s, unique, slot, request, request, name))
+        return
     plain(s, unique, node_id, message)
 
 
@@ -276,7 +330,7 @@ def batch_forget(s: Service, unique: int, node_id: int, message: memoryview) -> 
 
 def statfs(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """STATFS: from the last answer when there is no driver, so that df never hangs on a dead one."""
-    if not s.alive and s.statfs is not None:
+    if not s.connected and s.statfs is not None:
         s.counters.statfs_hits += 1
         s.answer(unique, s.statfs, by="cache")
         return
@@ -285,7 +339,7 @@ def statfs(s: Service, unique: int, node_id: int, message: memoryview) -> None:
 
 def interrupt(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """INTERRUPT: never answered itself."""
-    s.interrupt(_U64.unpack_from(message, BODY)[0])
+    patience.interrupt(s, _U64.unpack_from(message, BODY)[0])
 
 
 def destroy(s: Service, unique: int, node_id: int, message: memoryview) -> None:
@@ -296,8 +350,8 @@ def destroy(s: Service, unique: int, node_id: int, message: memoryview) -> None:
 def notify_reply(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """NOTIFY_REPLY: data that a driver retrieved from the page cache; goes to it and is not answered."""
     slot = s.nodes.slot(node_id)
-    if slot and s.alive:
-        _U64.pack_into(message, 16, s.nodes.driver_id[slot])
+    if slot and s.connected and s.nodes.is_resolved(slot):
+        _U64.pack_into(message, 16, s.nodes.driver(slot))
         s.link.send(message)
 
 

@@ -18,13 +18,17 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
-from udf.fuse.structs import IN_HEADER, INTERRUPT_IN, OUT_HEADER, RELEASE_IN
+from udf.fuse.structs import IN_HEADER, OUT_HEADER, RELEASE_IN
 from udf.shim.contract import DriverTerms
 from udf.shim.counters import Counters
+from udf.shim.graph import HIDDEN
 from udf.shim.handles import Handle, HandleTable
-from udf.shim.inflight import OWN_UNIQUE, PURE, Ask, Pending, Refuse, Steps, Task, Wait
+from udf.shim.hiding import Hiding
+from udf.shim.inflight import OWN_UNIQUE, Ask, Pending, Refuse, Steps, Task, Wait
 from udf.shim.link import Link
 from udf.shim.nodes import Admitted, NodeTable
+from udf.shim.recovery import Recovery
+from udf.shim.remembered import Remembered
 
 if TYPE_CHECKING:
     from udf.shim.config import Config
@@ -38,11 +42,6 @@ _U64 = Struct("=Q")
 _pack_header = IN_HEADER.pack
 _pack_out = OUT_HEADER.pack
 _OP_NAMES = {int(op): op.name for op in Opcode}
-_LOOKS = 64  # callers looked at in one round
-GRACE = 0.2  # seconds that an interrupted request still has when its caller is not dying
-_SIGKILL_BIT = 1 << 8
-_LATE_REQUEST = 9000  # bytes: two names of the greatest length and what is before them
-INTERRUPT_UNIQUE = OWN_UNIQUE + 3  # drivers answer an INTERRUPT or not: what comes is dropped
 
 
 class InternalError(Exception):
@@ -55,7 +54,9 @@ def op_name(op: int) -> str:
 
 
 class Service:
-    """One mount, one driver generation."""
+    """One mount, and one generation of its driver after the other."""
+
+    op_name = staticmethod(op_name)
 
     def __init__(
         self,
@@ -75,8 +76,9 @@ class Service:
         self.listings = listings
         self.tell = tell
         self.dispatch: Callable[[int, int, int, memoryview], None] = self._not_serving
+        self.complete: Callable[[int, Pending, bytes], None] = self._not_complete
         self.exclusive = config.exclusive
-        self.nodes = NodeTable()
+        self.nodes = NodeTable(stable_nodes=config.stable_nodes, inodes=config.inodes)
         self.handles = HandleTable()
         self.counters = Counters()
         self.waiting: dict[int, Pending] = {}
@@ -90,13 +92,20 @@ class Service:
         self.statfs: bytes | None = None
         self.tracer: Tracer | None = None
         # A LOOKUP whose answer the kernel gets before the tables do; nothing else happens in between.
-        self.unsettled: tuple[Pending, Admitted] | None = None
-        self.alive = True
+        self.unsettled: tuple[int, bytes, Admitted] | None = None  # of a LOOKUP: parent, name
+        self.hiding = Hiding()
+        self.remembered = Remembered()
+        self.alive = True  # requests go to the driver
+        self.connected = True  # there is a driver; it is not `alive` while one request is tried alone
+        self.recovery = Recovery(self)
         self._next_own = OWN_UNIQUE + 4
         self._faults: set[tuple[int, str]] = set()
 
     def _not_serving(self, op: int, unique: int, node_id: int, message: memoryview) -> None:
         raise InternalError(f"{op_name(op)} before the loop runs")
+
+    def _not_complete(self, unique: int, pending: Pending, body: bytes) -> None:
+        raise InternalError(f"{op_name(pending.op)} completed before the loop runs")
 
     # ---- toward the kernel
 
@@ -145,15 +154,16 @@ class Service:
         self, op: int, unique: int, node_id: int, slot: int, message: memoryview, handle: Handle | None = None
     ) -> None:
         """Send a request on, with the driver's ids of its node and of *handle* (at the body's start) put in."""
-        if not self.alive:
-            self.answer_error(unique, errno.EIO)
+        if not self.alive and not self.recovery.lets(unique, op, node_id, message):
             return
         nodes = self.nodes
+        driver_id = nodes.driver(slot)
         request = bytes(message)
-        _U64.pack_into(message, 16, nodes.driver_id[slot])
+        _U64.pack_into(message, 16, driver_id)
         if handle is not None:
             _U64.pack_into(message, HEADER, handle.driver_handle or 0)
         self.counters.driver_round_trips += 1
+        self.recovery.recent.append((op, slot))
         try:
             self.link.send(message)
         finally:  # after the send, which wakes the driver: the reply is not looked at before we are back in the loop
@@ -165,11 +175,11 @@ class Service:
 
     def send(self, pending: Pending, unique: int, message: memoryview | bytearray) -> None:
         """Send *message*, with the driver's ids in it, and remember *pending* until its reply."""
-        if not self.alive:
-            self.answer_error(unique, errno.EIO)
+        if not self.alive and not self.recovery.lets(unique, pending.op, pending.node_id, pending.request):
             return
         self.waiting[unique] = pending
         self.counters.driver_round_trips += 1
+        self.recovery.recent.append((pending.op, pending.slot))
         self.link.send(message)
 
     def ask(self, ask: Ask, task: Task | None) -> None:
@@ -184,21 +194,33 @@ class Service:
 
     def post_release(self, handle: Handle) -> None:
         """Have the driver close a handle that no program has."""
-        if handle.driver_handle is not None and self.alive:
+        if handle.driver_handle is not None and self.connected:
             body = RELEASE_IN.pack(handle.driver_handle, handle.flags, 0, 0)
             op = Opcode.RELEASEDIR if handle.is_dir else Opcode.RELEASE
-            self.ask(Ask(op, self.nodes.driver_id[handle.slot], body), None)
+            self.ask(Ask(op, self.nodes.driver(handle.slot), body), None)
+
+    def closed(self, slot: int) -> None:
+        """One handle of *slot* is closed: with the last one, a file that was kept for it goes."""
+        if self.nodes.flags[slot] & HIDDEN and self.nodes.opens[slot] == 1:
+            self.hiding.closed(self, slot)
+        self.nodes.closed(slot)
 
     # ---- several steps
 
-    def start(self, unique: int, op: int, request: bytes, steps: Steps) -> None:
-        """Serve a request by *steps*, which answers it, or raises Refuse."""
-        if not self.alive:
-            self.answer_error(unique, errno.EIO)
+    def start_own(self, steps: Steps) -> None:
+        """Run steps that serve no request of the kernel's. They end with the driver."""
+        self.nodes.pins[0] += 1  # slot 0 is nobody's
+        self.resume(Task(0, 0, 0, b"", steps, monotonic()), None)
+
+    def start(self, unique: int, op: int, request: bytes, steps: Steps, pending: Pending | None = None) -> None:
+        """Serve a request by *steps*, which answers it, or raises Refuse; *pending*: as a driver that died had it."""
+        node_id = IN_HEADER.unpack_from(request)[3]
+        if not self.alive and not self.recovery.lets(unique, op, node_id, request):
+            steps.close()
             return
-        slot = self.nodes.slot(IN_HEADER.unpack_from(request)[3])
+        slot = self.nodes.slot(node_id)
         self.nodes.pins[slot] += 1
-        task = Task(unique, op, slot, request, steps, monotonic())
+        task = Task(unique, op, slot, request, steps, monotonic(), pending)
         self.tasks[unique] = task
         self.resume(task, None)
 
@@ -247,118 +269,54 @@ class Service:
             self._faults.add((op, kind))
             self.tell({"t": "fault", "op": op_name(op), "error": sentence})
 
-    def interrupt(self, target: int) -> None:
-        """FUSE_INTERRUPT: a signal came for the caller of *target*.
-
-        A caller that is being killed gets EINTR at once; another one after a moment of grace, because for a signal that
-        is merely handled (a timer, a window change) an answer that is under way is better than an EINTR that programs
-        do not expect from a filesystem. What may change something waits for the driver's reply.
-        """
-        self.counters.interrupts += 1
-        pending = self.waiting.get(target)
-        task = self.tasks.get(target)
-        request = pending.request if pending is not None else task.request if task is not None else None
-        op = pending.op if pending is not None else task.op if task is not None else 0
-        if request is None:
-            return
-        if pending is not None:
-            pending.sent = min(pending.sent, monotonic())  # one that waits for a lock has a deadline from now on
-            body = INTERRUPT_IN.pack(target)
-            self.link.send(_pack_header(HEADER + len(body), Opcode.INTERRUPT, INTERRUPT_UNIQUE, 0, 0, 0, 0, 0) + body)
-        if op in PURE:
-            self.interrupted[target] = monotonic() + (0.0 if _is_dying(IN_HEADER.unpack_from(request)[6]) else GRACE)
-
-    def give_up(self, unique: int, error: int) -> None:
-        """Answer *unique* with *error* now; what the driver says later is only settled."""
-        self.interrupted.pop(unique, None)
-        pending = self.waiting.pop(unique, None)
-        if pending is not None:
-            self._remember_late(unique, pending)
-            self.answer_error(unique, error)
-            return
-        task = self.tasks.get(unique)
-        if task is not None:
-            self.end_task(task, error)  # its steps go on, to note what they have changed
-
-    def _remember_late(self, unique: int, pending: Pending) -> None:
-        """Wait for the reply to settle it; its node lives as long, and what it was to write is not needed any more."""
-        pending.request = pending.request[:_LATE_REQUEST]
-        self.nodes.pins[pending.slot] += 1
-        self.late[unique] = pending
+    # ---- between two drivers
 
     def unpin(self, slot: int) -> None:
         """What needed *slot* is settled, or will never be."""
         self.nodes.pins[slot] -= 1
         self.nodes.release(slot)
 
-    def check_time(self, now: float) -> None:
-        """Give up what is past its deadline or was interrupted."""
-        for unique, when in list(self.interrupted.items()):
-            if when <= now:
-                self.give_up(unique, errno.EINTR)
-        self._free_dying(now - GRACE)
-        oldest = now - self.config.deadline
-        for unique, pending in list(self.waiting.items()):
-            if pending.sent > oldest:
-                continue
-            self._timed_out(pending.op)
-            if pending.op == Opcode.STATFS and self.statfs is not None:
-                self._remember_late(unique, self.waiting.pop(unique))
-                self.answer(unique, self.statfs, by="cache")
-            else:
-                self.give_up(unique, errno.ETIMEDOUT)
-        for unique, task in list(self.tasks.items()):
-            if task.asked <= oldest:
-                self._timed_out(task.op)
-                self.give_up(unique, errno.ETIMEDOUT)
-        if len(self.late) > 4096:  # a driver that never answers is not remembered for ever
-            for unique in list(self.late)[:2048]:
-                self.unpin(self.late.pop(unique).slot)
-        if len(self.asks) > 4096:
-            for unique in [unique for unique, asker in self.asks.items() if asker is None][:-1024]:
-                del self.asks[unique]
+    def is_waiting(self, unique: int) -> bool:
+        """Whether a request of the kernel's is with the driver."""
+        return unique in self.waiting or unique in self.tasks
 
-    def _free_dying(self, before: float) -> None:
-        """Let go of callers that are being killed without an INTERRUPT: the kernel sends none for direct I/O."""
-        waiting = [(unique, pending.op, pending.request, pending.sent) for unique, pending in self.waiting.items()]
-        waiting += [(unique, task.op, task.request, task.asked) for unique, task in self.tasks.items()]
-        for unique, op, request, since in waiting[:_LOOKS]:
-            if since < before and op in PURE and _is_dying(IN_HEADER.unpack_from(request)[6]):
-                self.give_up(unique, errno.EINTR)
+    def drop_driver(self) -> None:
+        """The driver is gone: forget all that was asked of it, and what it had opened. Nobody is answered here."""
+        self.alive = self.connected = False
+        self.link.give_up()
+        self.waiting.clear()
+        # Tasks whose request has been answered early are only found by what they wait for.
+        tasks = {task for task in self.asks.values() if task is not None}
+        tasks.update(self.tasks.values(), *self.opening.values())
+        self.tasks.clear()
+        for late in self.late.values():
+            self.unpin(late.slot)
+        for table in (self.late, self.asks, self.opening):
+            table.clear()
+        for task in tasks:
+            try:
+                task.steps.close()
+            except ValueError:
+                pass  # it is these steps that found the link closed
+            self.unpin(task.slot)
+        self.handles.forget_driver()
 
-    def _timed_out(self, op: int) -> None:
-        self.counters.timeouts += 1
-        self.fault(op, "deadline", f"no answer within {self.config.deadline:g} s")
+    def take_driver(self, terms: DriverTerms) -> None:
+        """Another generation serves from here on."""
+        self.connected = True
+        self.terms = terms
+        self.nodes.begin_generation()
+        self.hiding.remove(self)
 
     def link_lost(self, reason: str) -> None:
-        """The driver is gone: everything that waits for it fails, cached things go on."""
-        if not self.alive:
-            return
-        self.alive = False
-        self.link.give_up()
-        pending = len(self.waiting) + len(self.tasks)
-        for unique in list(self.waiting):
-            del self.waiting[unique]
-            self.answer_error(unique, errno.EIO)
-        for task in list(self.tasks.values()):
-            self.end_task(task, errno.EIO)
-        tasks = {task for task in self.asks.values() if task is not None}.union(*self.opening.values())
-        for slot in [late.slot for late in self.late.values()] + [task.slot for task in tasks]:
-            self.unpin(slot)
-        for table in (self.late, self.asks, self.opening, self.interrupted):
-            table.clear()
-        self.nodes.forgets.clear()
-        self.tell({"t": "link_lost", "pending": pending})
-        self.tell({"t": "state", "state": "FAILED", "reason": "exited", "text": reason})
+        """The driver is gone: what waits for it is parked, or fails if there will be no other; cached things go on."""
+        self.recovery.lost()
+        if not self.config.recover:
+            self.nodes.forgets.clear()
+            self.tell({"t": "state", "state": "FAILED", "reason": "exited", "text": reason})
 
-
-def _is_dying(thread: int) -> bool:
-    """Whether SIGKILL is pending for *thread*; the kernel makes every fatal signal one."""
-    try:
-        with open(f"/proc/{thread}/status", "rb") as status:
-            for line in status:
-                if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & _SIGKILL_BIT:
-                    return True
-    except (OSError, ValueError):
-        pass  # not visible from here: it gets the grace
-    return False
+    def again(self, unique: int, node_id: int, request: bytes) -> None:
+        """Handle the request of a task once more, now that what it needs is there."""
+        if self.tasks.pop(unique, None) is None:
+            return  # answered meanwhile: interrupted, or past its deadline
+        self.dispatch(IN_HEADER.unpack_from(request)[1], unique, node_id, memoryview(bytearray(request)))

@@ -16,7 +16,9 @@ from udf.fuse.flags import Fattr
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OPEN_IN, OPEN_OUT, READ_IN, SETATTR_IN
 from udf.shim.handles import Handle
+from udf.shim.hiding import hide, needs_hiding
 from udf.shim.inflight import Ask, Pending, Refuse, Steps, Wait
+from udf.shim.resolve import resolve
 
 if TYPE_CHECKING:
     from udf.shim.service import Service
@@ -63,7 +65,11 @@ def open_handle(s: Service, handle: Handle, request: bytes) -> Steps:
         try:
             op = Opcode.OPENDIR if handle.is_dir else Opcode.OPEN
             body = OPEN_IN.pack(handle.flags & ~STRIPPED, 0)
-            error, reply = yield Ask(op, s.nodes.driver_id[handle.slot], body, caller(request))
+            driver_id = yield from resolve(s, handle.slot)
+            error, reply = yield Ask(op, driver_id, body, caller(request))
+        except Refuse as refusal:
+            # A directory that is not there any more has no names either.
+            error, reply = errno.ENOENT if handle.is_dir and refusal.errno == errno.ESTALE else refusal.errno, b""
         finally:
             handle.opening = False
         if error == errno.ENOSYS:
@@ -84,26 +90,20 @@ def open_handle(s: Service, handle: Handle, request: bytes) -> Steps:
         s.opened(handle)
 
 
-def again(s: Service, unique: int, node_id: int, request: bytes) -> None:
-    """Handle a kernel request once more, now that what it needs is there."""
-    if s.tasks.pop(unique, None) is None:
-        return  # answered meanwhile: interrupted, or past its deadline
-    s.dispatch(IN_HEADER.unpack_from(request)[1], unique, node_id, memoryview(bytearray(request)))
-
-
 def open_then_again(s: Service, unique: int, node_id: int, request: bytes, handle: Handle) -> Steps:
     """Open the driver's handle, then go on with the request."""
     yield from open_handle(s, handle, request)
-    again(s, unique, node_id, request)
+    s.again(unique, node_id, request)
 
 
 def forward_rename(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """Send a rename to the driver."""
     slot = s.nodes.slot(node_id)
+    driver_id = s.nodes.driver(slot)
+    new_parent_id = s.nodes.driver(s.nodes.slot(_U64.unpack_from(message, BODY)[0]))
     pending = s.keep(message[4], node_id, slot, message)
-    new_parent = s.nodes.slot(_U64.unpack_from(message, BODY)[0])
-    _U64.pack_into(message, 16, s.nodes.driver_id[slot])
-    _U64.pack_into(message, BODY, s.nodes.driver_id[new_parent])
+    _U64.pack_into(message, 16, driver_id)
+    _U64.pack_into(message, BODY, new_parent_id)
     s.send(pending, unique, message)
 
 
@@ -114,7 +114,7 @@ def read_in_pieces(s: Service, unique: int, request: bytes, handle: Handle) -> S
     while len(data) < size:
         wanted = min(_PIECE, size - len(data))
         body = READ_IN.pack(handle.driver_handle or 0, offset + len(data), wanted, *rest)
-        error, piece = yield Ask(Opcode.READ, s.nodes.driver_id[handle.slot], body, caller(request))
+        error, piece = yield Ask(Opcode.READ, s.nodes.driver(handle.slot), body, caller(request))
         if error:
             raise Refuse(error)
         if len(piece) > wanted:
@@ -136,19 +136,37 @@ def read_again(s: Service, unique: int, pending: Pending) -> bool:
     return True
 
 
-def open_first(s: Service, unique: int, node_id: int, request: bytes, target: int) -> Steps:
-    """Open all handles of a node whose name is about to go, then go on."""
+def keep_first(
+    s: Service, unique: int, node_id: int, request: bytes, target: int, parent: int, name: bytes, *, goes: bool
+) -> Steps:
+    """Have an open file outlive its *name* in *parent*, which an UNLINK or RENAME is about to take; then go on.
+
+    Not *goes*: the name only becomes another file's while the file gets that one's.
+    """
     for handle in unopened(s, target):
         try:
             yield from open_handle(s, handle, request)
         except Refuse:
             continue  # its reads will fail for that handle alone; removing the name is not its business
+    is_unlink = request[4] == Opcode.UNLINK
+    moved = False
+    if goes and needs_hiding(s, target):
+        try:
+            moved = yield from hide(s, parent, name, target, may_move=is_unlink)
+        except Refuse:
+            pass  # it is not there any more, or not that file: nothing of ours to keep
+    if moved:
+        s.nodes.touch(parent)
+        if s.tasks.pop(unique, None) is not None:
+            s.answer(unique, by="driver")
+        return
+    yield from resolve(s, s.nodes.slot(node_id))
+    yield from resolve(s, parent)
     if s.tasks.pop(unique, None) is None:
         return
     message = memoryview(bytearray(request))
-    if message[4] == Opcode.UNLINK:
-        slot = s.nodes.slot(node_id)
-        s.forward(Opcode.UNLINK, unique, node_id, slot, message)
+    if is_unlink:
+        s.forward(Opcode.UNLINK, unique, node_id, s.nodes.slot(node_id), message)
     else:
         forward_rename(s, unique, node_id, message)
 
@@ -158,7 +176,8 @@ def set_mode(s: Service, slot: int, mode: int) -> Steps:
     s.nodes.touch(slot)
     values = dict.fromkeys(SETATTR_IN.fields, 0)
     values["valid"], values["mode"] = int(Fattr.MODE), mode
-    error, _ = yield Ask(Opcode.SETATTR, s.nodes.driver_id[slot], SETATTR_IN.pack(*values.values()))
+    driver_id = yield from resolve(s, slot)
+    error, _ = yield Ask(Opcode.SETATTR, driver_id, SETATTR_IN.pack(*values.values()))
     s.nodes.touch(slot)
     if error:
         raise Refuse(error)
@@ -169,12 +188,30 @@ def kill_suid_first(s: Service, unique: int, node_id: int, request: bytes, slot:
     mode = without_suid(s.nodes.mode(slot))
     yield from set_mode(s, slot, mode)
     s.nodes.set_mode(slot, mode)
-    again(s, unique, node_id, request)
+    s.again(unique, node_id, request)
+
+
+def note_xattr_first(s: Service, unique: int, slot: int, request: bytes, message: bytes, name: bytes) -> Steps:
+    """Note whether an attribute is there before it is created or removed, then send *message*.
+
+    Should the driver die over it, only that tells a success whose reply was lost from a failure.
+    """
+    driver_id = yield from resolve(s, slot)
+    error, _ = yield Ask(Opcode.GETXATTR, driver_id, bytes(8) + name + b"\0", caller(request))
+    if s.tasks.pop(unique, None) is None:
+        return
+    _, op, _, node_id, *_ = IN_HEADER.unpack_from(request)
+    pending = s.keep(op, node_id, slot, memoryview(request))
+    pending.before = not error
+    short = bytearray(message)
+    _U64.pack_into(short, 16, driver_id)
+    s.send(pending, unique, short)
 
 
 def set_acl_then_kill(s: Service, unique: int, slot: int, request: bytes, body: bytes) -> Steps:
     """Set an ACL for a caller who may not keep sgid with it."""
-    error, _ = yield Ask(Opcode.SETXATTR, s.nodes.driver_id[slot], body, caller(request))
+    driver_id = yield from resolve(s, slot)
+    error, _ = yield Ask(Opcode.SETXATTR, driver_id, body, caller(request))
     if error:
         raise Refuse(error)
     s.nodes.touch(slot)

@@ -39,6 +39,9 @@ class Driver:
     acl: bool = False
     locks: bool = False
     open: str = "known"
+    durability: str = "none"  # what is not known of a command
+    stable_nodes: bool = False
+    inodes: str = "volatile"
     deadline: float = 30.0
     warnings: tuple[str, ...] = ()
     manifest: Manifest | None = None  # None: a command
@@ -102,6 +105,9 @@ async def find(name: str, *, trusted_only: bool) -> Driver:
         acl=found.acl,
         locks=found.locks,
         open=found.open,
+        durability=found.durability,
+        stable_nodes=found.nodes == "stable",
+        inodes=found.inodes,
         deadline=found.deadline,
         warnings=found.warnings,
         manifest=found,

@@ -16,6 +16,7 @@ import trio
 
 from udf import messages
 from udf.errors import ContractError
+from udf.supervisor.child import descriptors
 
 SEND_TIMEOUT = 10.0  # a peer that takes no packet for so long is as good as hung
 MAX_RATE = 2000  # packets per second; far above any honest peer, far below what would keep our loop busy
@@ -64,7 +65,7 @@ class Channel(Generic[T]):
             data, control, flags, _ = await self._sock.recvmsg(messages.MAX_MESSAGE + 1, room, socket.MSG_CMSG_CLOEXEC)
         except (OSError, trio.ClosedResourceError) as exc:
             raise ChannelClosedError(f"{self._peer} has closed its control socket") from exc
-        fds = _descriptors(control)
+        fds = descriptors(control)
         message: T | None = None
         try:
             if not data:  # no message is empty, so this is the end
@@ -96,11 +97,3 @@ class Channel(Generic[T]):
     def close(self) -> None:
         """Close our end: to the peer that means that the supervisor is gone."""
         self._sock.close()
-
-
-def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % _FD_SIZE])
-    return list(fds)

@@ -15,13 +15,15 @@ from typing import Any
 import msgspec
 import trio
 
-from udf import __version__
+from udf import __version__, messages
 from udf.errors import UserError
 from udf.supervisor import catalog, rights
 from udf.supervisor.client import INTERFACE, PROTOCOL
 from udf.supervisor.instance import Event, Instance
 from udf.supervisor.mounts import Mount
+from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import BusyError, StartFailedError
+from udf.supervisor.procfs import command_of
 from udf.supervisor.registry import MountRequest, NotFoundError, Registry
 from udf.supervisor.trace import Operation
 from udf.supervisor.varlink import SERVICE, Call, Server, Service, VarlinkError
@@ -43,6 +45,10 @@ class _Which(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Unmount(_Which, forbid_unknown_fields=True):
     lazy: bool | None = None
+
+
+class _Abort(_Which, kw_only=True, forbid_unknown_fields=True):
+    request: int
 
 
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -71,6 +77,10 @@ class Control:
             "Drivers": self._drivers,
             "Events": self._events,
             "Trace": self._trace,
+            "Restart": self._restart,
+            "Hung": self._hung,
+            "Abort": self._abort,
+            "Crashes": self._crashes,
         }
         return Server(
             Service(
@@ -115,11 +125,7 @@ class Control:
         return None
 
     async def _status(self, call: Call) -> object:
-        wanted = call.parameters(_Which)
-        if wanted.name is None and wanted.mountpoint is None:
-            mounts = self._registry.mounts(call.peer.identity)
-        else:
-            mounts = [self._find(call, wanted)]
+        mounts = self._mounts(call)
         rows: dict[int, dict[str, Any]] = {}
 
         async def describe(number: int, mount: Mount) -> None:
@@ -177,6 +183,59 @@ class Control:
         await mount.trace.listen(self._nursery, deliver)
         return {"operations": [], "lost": 0}
 
+    async def _restart(self, call: Call) -> object:
+        return {"generation": await self._find(call, call.parameters(_Which)).restart()}
+
+    async def _hung(self, call: Call) -> object:
+        mounts = self._mounts(call)
+        found: dict[int, messages.Requests | None] = {}
+
+        async def ask(number: int, mount: Mount) -> None:
+            found[number] = await mount.requests()
+
+        async with trio.open_nursery() as nursery:
+            for number, mount in enumerate(mounts):
+                nursery.start_soon(ask, number, mount)
+        rows: list[dict[str, Any]] = []
+        total, silent = 0, []
+        for number, mount in enumerate(mounts):
+            answer = found[number]
+            if answer is None:
+                silent.append(mount.plan.name)
+                continue
+            total += answer.total
+            rows += [_waiting(mount, request) for request in answer.requests]
+        return {"requests": rows, "total": total, "silent": silent}
+
+    async def _abort(self, call: Call) -> object:
+        wanted = call.parameters(_Abort)
+        mount = self._find(call, wanted)
+        answer = await mount.requests()
+        if answer is None:
+            raise UserError(f"the shim of {mount.plan.name} does not answer: unmount it lazily to end what waits")
+        # A list that is cut may lack the one that is meant; the shim knows.
+        if answer.total <= len(answer.requests) and all(each.id != wanted.request for each in answer.requests):
+            raise NotFoundError(f"no request {wanted.request} waits on {mount.plan.mountpoint}: it has been answered")
+        if not await mount.abort(wanted.request):
+            raise UserError(f"the shim of {mount.plan.name} takes no messages: unmount it lazily to end what waits")
+        return None
+
+    async def _crashes(self, call: Call) -> object:
+        reports = [
+            {"name": mount.plan.name, "mountpoint": mount.plan.mountpoint, **msgspec.structs.asdict(report)}
+            for mount in self._mounts(call)
+            for report in mount.recovery.crashes.reports()
+        ]
+        reports.sort(key=lambda report: report["time"])
+        return {"crashes": reports}
+
+    def _mounts(self, call: Call) -> list[Mount]:
+        """Those that the call names, or all that the caller may see."""
+        wanted = call.parameters(_Which)
+        if wanted.name is None and wanted.mountpoint is None:
+            return self._registry.mounts(call.peer.identity)
+        return [self._find(call, wanted)]
+
     def _find(self, call: Call, wanted: _Which) -> Mount:
         return self._registry.find(call.peer.identity, wanted.name, wanted.mountpoint)
 
@@ -207,12 +266,31 @@ def _describe(mount: Mount, counters: dict[str, int | float]) -> dict[str, Any]:
         "text": instance.text,
         "since": instance.since,
         "generation": mount.generation,
+        "restarts_left": mount.recovery.restarts_left,
+        "durability": plan.durability,
         "lazy": mount.is_lazy,
         "faults": mount.faults,
         "shim_pid": mount.shim.pid,
         "driver_pid": mount.driver.pid,
+        "spare_pid": mount.recovery.spare_pid,
         "instances": [_instance(each) for each in (mount.instance, *mount.instance.needs)],
         "counters": counters,
+    }
+
+
+def _waiting(mount: Mount, request: messages.WaitingRequest) -> dict[str, Any]:
+    return {
+        "name": mount.plan.name,
+        "mountpoint": mount.plan.mountpoint,
+        "driver": mount.plan.driver_name,
+        "driver_pid": mount.driver.pid,
+        "id": request.id,
+        "op": printable(request.op.encode()[:40]),
+        "path": sentence(request.path),
+        "age": request.age,
+        "pid": request.pid,
+        "command": command_of(request.pid),
+        "parked": request.parked,
     }
 
 

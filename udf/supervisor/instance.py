@@ -45,6 +45,10 @@ class Reason(enum.StrEnum):
     CONTRACT = "contract"  # it broke the rules of a wire
     OPERATOR = "operator"  # `udf umount`
     EXTERNAL = "external"  # umount(8), or somebody else's signal
+    FAULT = "fault"  # a signal of the driver's own making: SIGSEGV, SIGABRT and their like
+    MEMORY = "memory"  # the OOM killer took the driver
+    QUARANTINE = "quarantine"  # the driver died too often by its own making
+    STUCK = "stuck"  # the driver's process waits in the kernel and cannot be ended
     SHUTDOWN = "shutdown"  # the supervisor ends
 
 
@@ -64,13 +68,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     seq: int  # 1, 2, 3 … in one supervisor's life
     time: float  # seconds since the epoch
-    what: str  # state | fault
+    what: str  # state | fault | death | poison
     kind: str  # mount | driver | shim
     name: str
     state: State
     previous: State | None  # None: the instance is new
     reason: str
     text: str
+    figures: dict[str, float] = {}  # what a program may want to read out of the text
 
 
 class EventLog:
@@ -97,7 +102,15 @@ class EventLog:
         finally:
             del self._subscribers[key]
 
-    def add(self, instance: Instance, what: str, previous: State | None, reason: str, text: str) -> Event:
+    def add(
+        self,
+        instance: Instance,
+        what: str,
+        previous: State | None,
+        reason: str,
+        text: str,
+        figures: dict[str, float] | None = None,
+    ) -> Event:
         """Number and keep one event, and tell the subscribers."""
         self._seq += 1
         event = Event(
@@ -110,6 +123,7 @@ class EventLog:
             previous=previous,
             reason=reason,
             text=text[:MAX_TEXT],
+            figures=figures or {},
         )
         self._events.append(event)
         for subscriber in list(self._subscribers.values()):
@@ -132,7 +146,8 @@ class Instance:
         self.name = name
         self.kind = kind
         self.needs = list(needs)
-        self.pid: int | None = None
+        self.process: Instance | None = None  # whose process it shows, if that is not its own
+        self._pid: int | None = None
         self._events = events
         self._clock = clock
         self._state = State.STARTING
@@ -140,6 +155,15 @@ class Instance:
         self._text = ""
         self._since = clock()
         events.add(self, "state", None, self._reason, "")
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+        return self._pid if self.process is None else self.process.pid
+
+    @pid.setter
+    def pid(self, pid: int | None) -> None:
+        self._pid = pid
 
     @property
     def state(self) -> State:
@@ -169,13 +193,13 @@ class Instance:
         """Whether the table allows this change now."""
         return state in TRANSITIONS[self._state]
 
-    def change(self, state: State, reason: Reason, text: str = "") -> Event:
+    def change(self, state: State, reason: Reason, text: str = "", **figures: float) -> Event:
         """Enter another state. A change that the table does not have is our own mistake."""
         if not self.can(state):
             raise InternalError(f"{self.kind} {self.name} cannot go from {self._state} to {state} ({reason})")
         previous, self._state = self._state, state
         self._reason, self._text, self._since = reason, text[:MAX_TEXT], self._clock()
-        return self._events.add(self, "state", previous, reason, text)
+        return self._events.add(self, "state", previous, reason, text, figures)
 
     def note(self, text: str) -> None:
         """What it is doing now, for the tree; no event."""
@@ -183,7 +207,11 @@ class Instance:
 
     def fault(self, operation: str, text: str) -> Event:
         """A mistake that it made and survived: an event, no change of state."""
-        return self._events.add(self, "fault", self._state, operation[:MAX_TEXT], text)
+        return self.tell("fault", operation, text)
+
+    def tell(self, what: str, reason: str, text: str, **figures: float) -> Event:
+        """Something that happened to it: an event, no change of state."""
+        return self._events.add(self, what, self._state, reason[:MAX_TEXT], text, figures)
 
     def tree(self, indent: str = "") -> list[str]:
         """The instance and what it needs, one line each: what a start-up time-out prints."""

@@ -14,6 +14,7 @@ from udf.errors import UserError
 MAX_OPTIONS = 200
 MAX_VALUE = 4096
 MAX_DEADLINE = 3600.0
+_ON_OFF = {"": True, "1": True, "0": False}
 
 
 class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,8 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     fsname: str = ""
     spin: bool | None = None
     deadline: float | None = None  # None: the manifest's
+    patience: float = 60.0  # seconds that a request waits for a new generation of the driver
+    spare: bool = False  # a second driver process stands ready
 
 
 _FLAGS: dict[str, tuple[str, bool]] = {
@@ -78,8 +81,12 @@ def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
             if not value.isascii() or not value.isdigit() or not 4096 <= int(value) <= 1 << 20:
                 raise UserError(f"max_read={value} is not a number of bytes from 4096 to 1048576")
             ours["max_read"] = int(value)
-        elif key == "deadline":
-            ours["deadline"] = _seconds(value)
+        elif key in ("deadline", "patience"):
+            ours[key] = _seconds(key, value)
+        elif key == "spare":
+            if value not in _ON_OFF:
+                raise UserError(f"spare={value} is neither spare=1 nor spare=0")
+            ours["spare"] = _ON_OFF[value]
         elif key == "fsname":
             if not value or not value.isprintable():
                 raise UserError("fsname needs a printable value: fsname=NAME")
@@ -89,13 +96,13 @@ def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
     return msgspec.convert(ours, MountOptions), drivers
 
 
-def _seconds(text: str) -> float:
+def _seconds(key: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0.1 <= value <= MAX_DEADLINE:  # false for a NaN too
-        raise UserError(f"deadline={text} is not a number of seconds from 0.1 to {MAX_DEADLINE:g}")
+        raise UserError(f"{key}={text} is not a number of seconds from 0.1 to {MAX_DEADLINE:g}")
     return value
 
 

@@ -16,7 +16,7 @@ import trio
 MAX_LINE = 1000
 BURST = 100  # lines at once
 RATE = 10.0  # lines per second afterwards
-LAST_LINES = 20
+LAST_LINES = 50  # a traceback is longer than its last word
 _CHUNK = 64 * 1024
 _FLOOD_PAUSE = 0.002  # bounds what a child that prints without end costs us, to about 32 MB/s
 
@@ -46,6 +46,11 @@ class Output:
     def last_line(self) -> str:
         """The last line that says something, for the text of an event."""
         return self._last[-1] if self._last else ""
+
+    @property
+    def last_lines(self) -> list[str]:
+        """The last lines that say something, oldest first."""
+        return list(self._last)
 
     async def read(self) -> None:
         """Log what comes, until every process has closed the pipe."""
@@ -110,3 +115,8 @@ def printable(data: bytes) -> str:
     """Text that cannot steer a terminal or forge a log line."""
     text = data.decode("utf-8", "backslashreplace").rstrip()
     return "".join(char if char.isprintable() or char == "\t" else f"\\x{ord(char):02x}" for char in text)
+
+
+def sentence(text: str) -> str:
+    """A text from a process that we do not trust, as one bounded line."""
+    return printable(text.replace("\n", " ").encode("utf-8", "backslashreplace")[:600])

@@ -56,11 +56,14 @@ class MountPlan:
     acl: bool = False
     locks: bool = False
     open: str = "known"
+    durability: str = "none"
+    stable_nodes: bool = False
+    inodes: str = "stable"
     deadline: float = 30.0
     start_timeout: float = 30.0
 
-    def start_message(self) -> messages.Start:
-        """What the driver host is told."""
+    def start_message(self, *, spare: bool = False) -> messages.Start:
+        """What a driver host is told first."""
         return messages.Start(
             name=self.name,
             driver=self.driver,
@@ -68,6 +71,8 @@ class MountPlan:
             options=self.driver_options,
             sandbox=self.sandbox,
             heartbeat=HEARTBEAT,
+            spare=spare,
+            store=self.durability == "store",
         )
 
     def mount_message(self, ready: messages.Ready) -> messages.Mount:
@@ -94,4 +99,9 @@ class MountPlan:
             deadline=self.deadline,
             start_timeout=self.start_timeout,
             spin=chosen.spin,
+            recover=True,
+            hide=not self.stable_nodes,
+            stable_nodes=self.stable_nodes,
+            inodes=self.inodes,
+            patience=chosen.patience,
         )

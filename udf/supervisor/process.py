@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,8 +17,9 @@ import trio
 
 from udf.errors import ContractError, UserError
 from udf.messages import Message
-from udf.supervisor import spawn
+from udf.supervisor import oom, spawn
 from udf.supervisor.channel import Channel, ChannelClosedError
+from udf.supervisor.child import REAP_TIMEOUT, Child, send_signal
 from udf.supervisor.instance import Instance
 from udf.supervisor.output import Output
 
@@ -30,12 +30,14 @@ T = TypeVar("T")
 
 
 class Process(Generic[T]):
-    """A shim or a driver host. `over` when it has ended and nothing more comes from it."""
+    """A shim or a driver host. `dead` when nothing of it runs; `over` when nothing more comes from it either."""
 
     def __init__(self, instance: Instance, decode: Callable[[bytes], T], wake: Callable[[], None]) -> None:
         self.instance = instance
-        self.child: spawn.Child | None = None
+        self.child: Child | None = None
         self.over = False
+        self.oom_killed = False  # known when it is dead
+        self.dead = False  # it and all that it started have ended for certain; its last words may be still to come
         self.broken: str | None = None  # the rule of the wire that it broke
         self.silent = 0  # ticks since its last sign of life
         self._decode = decode
@@ -44,10 +46,12 @@ class Process(Generic[T]):
         self._output: Output | None = None
         self._received_all = trio.Event()
         self._worker_pidfd = -1
+        self._worker_pid = 0
+        self._oom_kills: int | None = None
         self._problem = "was not started"
         self._scope = trio.CancelScope()
 
-    def start(self, start: Callable[[socket.socket, int], spawn.Child]) -> None:
+    def start(self, start: Callable[[socket.socket, int], Child]) -> None:
         """Start it; `run` must follow at once, whether that worked or not.
 
         Not awaited: a start that is cancelled half-way would leave a process that nobody looks after.
@@ -56,6 +60,7 @@ class Process(Generic[T]):
         self._channel = Channel(ours, self._decode, f"{self.instance.kind} {self.instance.name}")
         self._output = Output(f"{self.instance.name} ({self.instance.kind})")
         try:
+            self._oom_kills = oom.kills()
             with theirs:
                 self.child = start(theirs, self._output.write_end)
         except (OSError, UserError) as exc:
@@ -77,6 +82,7 @@ class Process(Generic[T]):
                 if self.child is not None:
                     reaper.start_soon(self.child.watch)
                     nursery.start_soon(self._receive, self._channel, on_message)
+                    await self._wait_for_death(self.child)
                     await self.child.ended.wait()
                     with trio.move_on_after(DRAIN):
                         await self._received_all.wait()
@@ -86,9 +92,19 @@ class Process(Generic[T]):
         if self._worker_pidfd >= 0:
             os.close(self._worker_pidfd)
             self._worker_pidfd = -1
-        if self.child is None or self.child.ended.is_set():
+        if self.child is None or (self.dead and self.child.ended.is_set()):
+            self.dead = True
             self.over = True
             self.instance.pid = None  # the number may be somebody else's soon
+        self._wake()
+
+    async def _wait_for_death(self, child: Child) -> None:
+        await child.dead.wait()
+        if self._worker_pidfd >= 0:  # without a PID namespace it might have outlived an anchor that was killed
+            await trio.lowlevel.wait_readable(self._worker_pidfd)
+        if child.status == -signal.SIGKILL:
+            self.oom_killed = oom.was_killed(self._worker_pid or child.pid, self._oom_kills, oom.kills())
+        self.dead = True
         self._wake()
 
     async def _receive(self, channel: Channel[T], on_message: Callable[[T, list[int]], None]) -> None:
@@ -125,6 +141,11 @@ class Process(Generic[T]):
         """The last that it printed."""
         return self._output.last_line if self._output else ""
 
+    @property
+    def last_lines(self) -> list[str]:
+        """The last lines that it printed."""
+        return self._output.last_lines if self._output else []
+
     def how(self) -> str:
         """How it ended, with its last words, for the text of an event."""
         how = self.child.how() if self.child else self._problem
@@ -145,7 +166,7 @@ class Process(Generic[T]):
         if not _descends_from(pid, self.child.pid):
             os.close(descriptor)
             return False
-        self._worker_pidfd = descriptor
+        self._worker_pidfd, self._worker_pid = descriptor, pid
         self.instance.pid = pid
         return True
 
@@ -153,13 +174,12 @@ class Process(Generic[T]):
         """End it and what it started; whether they are gone for certain."""
         if self.child is None:
             return True
-        gone = await self.child.end(grace)
+        gone = await self.child.end(grace, self._worker_pidfd)
         if self._worker_pidfd >= 0:
             descriptor = os.dup(self._worker_pidfd)
             try:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                with trio.move_on_after(spawn.REAP_TIMEOUT) as scope:
+                send_signal(descriptor, signal.SIGKILL)
+                with trio.move_on_after(REAP_TIMEOUT) as scope:
                     await trio.lowlevel.wait_readable(descriptor)
                 gone = gone and not scope.cancelled_caught
             finally:
@@ -171,12 +191,19 @@ class Process(Generic[T]):
         self._scope.cancel()
 
     def kill(self) -> None:
-        """SIGKILL, at once and without waiting."""
-        if self._worker_pidfd >= 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._worker_pidfd, signal.SIGKILL)
+        """SIGKILL for it and what it started, at once and without waiting; `dead` and `over` follow."""
         if self.child is not None:
-            self.child.signal(signal.SIGKILL)
+            self.child.kill(self._worker_pidfd)
+
+    @property
+    def status(self) -> int | None:
+        """The exit status (a host: its driver's), minus the signal if one ended it; None while it is not known."""
+        return None if self.child is None else self.child.status
+
+    @property
+    def max_rss(self) -> int:
+        """The largest resident set of a host's driver in KiB, known when it is dead; 0 if it is not known."""
+        return 0 if self.child is None else self.child.max_rss
 
 
 def _descends_from(pid: int, ancestor: int) -> bool:

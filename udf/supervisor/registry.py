@@ -184,6 +184,9 @@ class Registry:
             acl=driver.acl,
             locks=driver.locks,
             open=driver.open,
+            durability=driver.durability,
+            stable_nodes=driver.stable_nodes,
+            inodes=driver.inodes,
             deadline=mount_options.deadline or driver.deadline,
             start_timeout=request.start_timeout or DEFAULT_START_TIMEOUT,
         )

@@ -17,7 +17,7 @@ import trio
 
 from udf.supervisor import spawn
 from udf.supervisor.control import Control
-from udf.supervisor.instance import EventLog
+from udf.supervisor.instance import Event, EventLog, State
 from udf.supervisor.registry import Registry
 
 MAX_DESCRIPTORS = 65536  # a mount needs about ten of ours
@@ -49,10 +49,26 @@ async def running(sock: socket.socket, *, private: bool, ending: Iterable[signal
             registry = Registry(EventLog(), nursery, reaper, private_environment=private)
             frame = Frame(registry, nursery, trio.Event(), trio.Event())
             await nursery.start(_signals, frame, frozenset(ending))
+            nursery.start_soon(_zygote, registry.events, reaper, private)
             nursery.start_soon(Control(registry, nursery, private=private).server().serve, sock)
             yield frame
             nursery.cancel_scope.cancel()
         reaper.cancel_scope.deadline = trio.current_time() + REAP_GRACE  # a process in D state is left to init
+
+
+async def _zygote(events: EventLog, reaper: trio.Nursery, private: bool) -> None:
+    """Have hosts forked ahead; for the one mount of a private supervisor not before it can be used."""
+    zygote = spawn.new_zygote()
+    if private:
+        active = trio.Event()
+
+        def on_event(event: Event) -> None:
+            if event.kind == "mount" and event.state is State.ACTIVE:
+                active.set()
+
+        with events.subscribed(on_event):
+            await active.wait()
+    await zygote.run(reaper)
 
 
 async def _signals(

@@ -1,8 +1,8 @@
-"""Starting and ending the processes of a mount: shims and driver hosts.
+"""Starting the processes of a mount: shims and driver hosts.
 
-Owns: argv, environment, descriptors, kernel protection (OOM score, IO flusher) and the end of each child; every child
-is reaped. Must never: wait in the loop, or start a child from a worker thread: children ask for PR_SET_PDEATHSIG, which
-the kernel sends when the *thread* that started them ends, and worker threads end after some idle seconds (so no
+Owns: argv, environment, descriptors and kernel protection (OOM score, IO flusher); what happens then is child.py's.
+Must never: wait in the loop, or start a child from a worker thread: children ask for PR_SET_PDEATHSIG, which the kernel
+sends when the *thread* that started them ends, and worker threads end after some idle seconds (so no
 trio.lowlevel.open_process, which uses one). A start in the loop costs about a millisecond (vfork).
 Called by: mounts.py and paths.py.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import site
 import socket
 import subprocess
@@ -21,16 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
 from udf.errors import UserError
+from udf.supervisor import zygote
+from udf.supervisor.child import Child, Host
 
 PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 LINK_BUFFER = 2 * 1024 * 1024  # a 128 KiB message needs more than the default of 208 KiB leaves
 SHIELDED_SCORE = -900  # below every ordinary process; not -1000, so that a leak of ours can still be ended
 PR_SET_IO_FLUSHER = 57
 SO_SNDBUFFORCE = 32
-REAP_TIMEOUT = 5.0  # after SIGKILL; a process in D state takes longer, and nobody waits for it
 
 # A daemon's environment is not the caller's; only what every program may know is passed on.
 _COMMON_ENVIRONMENT = ("PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR")
@@ -51,67 +49,6 @@ class Identity:
     def own(cls) -> Identity:
         """This process."""
         return cls(os.geteuid(), os.getegid(), tuple(os.getgroups()))
-
-
-class Child:
-    """One child process. `watch` must run in a nursery as long as the child lives: it reaps it."""
-
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        self._popen = popen
-        self.pid = popen.pid
-        self.ended = trio.Event()
-        self._pidfd = os.pidfd_open(popen.pid)
-
-    @property
-    def status(self) -> int | None:
-        """The exit status, minus the signal if one ended it; None while it lives."""
-        return self._popen.returncode
-
-    async def watch(self) -> None:
-        """Wait for the end and reap."""
-        try:
-            await trio.lowlevel.wait_readable(self._pidfd)
-            self._popen.wait()
-            self.ended.set()
-        finally:
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal; nothing happens to a child that has ended."""
-        if self._pidfd >= 0 and not self.ended.is_set():
-            try:
-                signal.pidfd_send_signal(self._pidfd, number)
-            except ProcessLookupError:
-                pass
-
-    async def end(self, grace: float) -> bool:
-        """SIGTERM, SIGKILL after the grace; whether it is gone for certain."""
-        if grace > 0:
-            self.signal(signal.SIGTERM)
-            with trio.move_on_after(grace):
-                await self.ended.wait()
-        if not self.ended.is_set():
-            self.signal(signal.SIGKILL)
-            with trio.move_on_after(REAP_TIMEOUT):
-                await self.ended.wait()
-        return self.ended.is_set()
-
-    def how(self) -> str:
-        """How it ended, for a sentence."""
-        return describe_status(self.status)
-
-
-def describe_status(status: int | None) -> str:
-    """An exit status in words."""
-    if status is None:
-        return "did not end"
-    if status >= 0:
-        return f"ended with exit status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
 
 
 def control_pair() -> tuple[socket.socket, socket.socket]:
@@ -141,15 +78,46 @@ def start_shim(name: str, control: socket.socket, output: int, run_as: Identity 
     return child
 
 
-def start_host(name: str, control: socket.socket, output: int, environment: Mapping[str, str]) -> Child:
-    """Start a driver host. Its sandbox (and its user) is what the `start` message says; it begins as what we are."""
-    argv = [sys.executable, "-P", "-m", "udf.host", str(control.fileno())]
-    with _unshielded():
-        child = _start(
-            argv, {**environment, **_import_path(), "UDF_INSTANCE": name}, output, output, None, control.fileno()
-        )
-    _set_oom_score(child.pid, max(0, _first_score))
-    return child
+def start_host(name: str, control: socket.socket, output: int, environment: Mapping[str, str]) -> Host:
+    """Start a driver host. Its sandbox (and its user) is what the `start` message says; it begins as what we are.
+
+    It is a fork that stood by, if there is one; else an interpreter of its own, which takes a tenth of a second more.
+    """
+    environment = {**environment, **_import_path(), "UDF_INSTANCE": name}
+    ahead = zygote.current.get()
+    host = None if ahead is None else ahead.take(name, control, output, environment)
+    if host is not None:
+        return host
+    ours, theirs = control_pair()
+    try:
+        with theirs:
+            # Where another user's home is named, its site-packages must not run in here, as what we are.
+            site_packages = [] if environment.get("HOME") == os.environ.get("HOME") else ["-s"]
+            argv = [sys.executable, "-P", *site_packages, "-m", "udf.host", str(control.fileno()), str(theirs.fileno())]
+            with _unshielded():
+                popen = _popen(argv, environment, output, output, None, control.fileno(), theirs.fileno())
+        _set_oom_score(popen.pid, max(0, _first_score))
+        return Host(popen, ours)
+    except BaseException:
+        ours.close()
+        raise
+
+
+def new_zygote() -> zygote.Zygote:
+    """What hosts are forked from; it does so as long as its `run` does."""
+    kept = {
+        key: value for key, value in os.environ.items() if key in (*_COMMON_ENVIRONMENT, "HOME") or key[:3] == "LC_"
+    }
+    environment = {"PATH": _path(), **kept, **_import_path()}
+
+    def start(requests: socket.socket, output: int) -> Child:
+        argv = [sys.executable, "-P", "-m", "udf.host.zygote", str(requests.fileno())]
+        with _unshielded():
+            child = _start(argv, environment, output, output, None, requests.fileno())
+        _set_oom_score(child.pid, max(0, _first_score))  # before its first fork, which inherits it
+        return child
+
+    return zygote.Zygote(start, environment)
 
 
 def start_program(module: str, arguments: Sequence[str], output: int, run_as: Identity | None) -> Child:
@@ -166,9 +134,20 @@ def _start(
     run_as: Identity | None,
     *passed: int,
 ) -> Child:
+    return Child(_popen(argv, environment, stdout, stderr, run_as, *passed))
+
+
+def _popen(
+    argv: list[str],
+    environment: Mapping[str, str],
+    stdout: int,
+    stderr: int | None,
+    run_as: Identity | None,
+    *passed: int,
+) -> subprocess.Popen[bytes]:
     try:
         # A session of its own: a terminal's ^C and hang-up are for the supervisor, which then unmounts in order.
-        popen = subprocess.Popen(
+        return subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
@@ -187,7 +166,6 @@ def _start(
         raise UserError(
             f"the user {run_as.uid} may not run {argv[0]}: install udf and its interpreter where every user may read"
         ) from exc
-    return Child(popen)
 
 
 def private_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -201,8 +179,12 @@ def private_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def daemon_environment(environment: Mapping[str, str], home: str, user: str) -> dict[str, str]:
     """What a driver gets from a daemon: nothing of the daemon's own but the common things."""
+    return {**_common(environment), "HOME": home, "USER": user, "LOGNAME": user}
+
+
+def _common(environment: Mapping[str, str]) -> dict[str, str]:
     kept = {key: value for key, value in environment.items() if key in _COMMON_ENVIRONMENT or key.startswith("LC_")}
-    return {"PATH": _path(), **kept, "HOME": home, "USER": user, "LOGNAME": user}
+    return {"PATH": _path(), **kept}
 
 
 def shield() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from udf import Attr, FsDriver
 
@@ -117,3 +121,53 @@ class Reports(Plain):
 
     async def read(self, path: str, offset: int, size: int) -> bytes:
         return self.report()[offset : offset + size]
+
+
+class Surroundings(Plain):
+    """Its one file is what an author's code finds around it."""
+
+    def found(self) -> bytes:
+        limits = [getattr(resource, name) for name in sorted(dir(resource)) if name.startswith("RLIMIT_")]
+        status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        found = {
+            "environment": dict(os.environ),
+            "variables of a child": sorted(subprocess.check_output(["env"]).decode().split("\n")),
+            "directory": os.getcwd(),
+            "import path": sys.path,
+            "flags": list(sys.flags),
+            "dispositions": {number: str(signal.getsignal(number)) for number in range(1, 65) if number != 15},
+            "limits": [resource.getrlimit(limit) for limit in limits],
+            "nice": os.nice(0),
+            "descriptors": sorted(os.listdir("/proc/self/fd")),
+            "is session leader": os.getsid(0) == os.getpid(),
+            "status": {key: status[key] for key in ("Uid", "Gid", "Groups", "NoNewPrivs", "CapEff", "SigBlk", "Name")},
+            "threads": sorted(thread.name for thread in threading.enumerate()),
+            "parents": [os.getppid()],
+        }
+        return json.dumps(found).encode()
+
+    async def stat(self, path: str) -> Attr:
+        return Attr("dir") if path == "/" else Attr(size=1 << 20)
+
+    async def read(self, path: str, offset: int, size: int) -> bytes:
+        return self.found()[offset : offset + size]
+
+
+class Hungry(Plain):
+    """Eats memory without end when it gets a signal."""
+
+    def __init__(self) -> None:
+        signal.signal(signal.SIGUSR1, self.eat)
+
+    def eat(self, *_: object) -> None:
+        eaten = []
+        while True:
+            eaten.append(b"x" * (1 << 20))
+
+
+class LeavesAMark(Plain):
+    """Making it leaves a mark at its source; loading it does not."""
+
+    def __init__(self, source: str) -> None:
+        Path(source, "mark").touch()
+        self.descriptor = os.open(source, os.O_RDONLY)

@@ -1,0 +1,75 @@
+"""Which supervisor to ask, and about which path.
+
+Owns: finding the supervisor of a mount, and absolute paths that are found without asking a mount that may hang.
+Must never: print, import trio or pyfuse3, or look below a mountpoint. Called by commands.py, recovering.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from udf.errors import UserError
+from udf.supervisor import client
+
+MAX_LINKS = 40
+Row = Mapping[str, Any]
+
+
+def all_supervisors(path: str | None) -> Iterator[client.Connection]:
+    """Every supervisor that can be asked; NoSupervisorError when there is none at all."""
+    connections = client.supervisors(path)
+    first = next(connections, None)
+    if first is None:
+        raise client.NoSupervisorError("no daemon runs and nothing is mounted: start `udf daemon`, or use `udf mount`")
+    return itertools.chain([first], connections)
+
+
+def find_supervisor_of(mountpoint: str, path: str | None) -> client.Connection | None:
+    """The supervisor that serves a mountpoint; NoSupervisorError only for a socket that was asked for."""
+    for connection in client.supervisors(path):
+        try:
+            if connection.call("Status", mountpoint=mountpoint)["mounts"]:
+                return client.Connection(connection.path)
+        except client.ControlError as error:
+            if error.name not in ("NotFound", "Disconnected"):
+                raise
+    return None
+
+
+def not_ours(mountpoint: str) -> UserError:
+    """What to say of a path that nobody of us serves."""
+    return UserError(f"{mountpoint} is not a mount of udf (`udf status` lists them)")
+
+
+def absolute_mountpoint(path: str) -> str:
+    """The mountpoint's real path, found without asking the filesystem that is, or was, mounted there.
+
+    Symlinks are resolved in its parent; of the last name only the link itself is read, which a hung mount allows.
+    """
+    path = os.path.join(current_directory(path), path)
+    for _ in range(MAX_LINKS):
+        path = path.rstrip("/") or "/"
+        parent, name = os.path.split(os.path.abspath(path) if os.path.basename(path) in (".", "..") else path)
+        path = os.path.join(os.path.realpath(parent), name)
+        try:
+            target = os.readlink(path)
+        except OSError:
+            return path
+        path = os.path.join(os.path.dirname(path), target)
+    raise UserError(f"{path}: too many symbolic links")
+
+
+def absolute(path: str) -> str:
+    """A path made absolute by its text alone."""
+    return os.path.normpath(os.path.join(current_directory(path), path))
+
+
+def current_directory(path: str) -> str:
+    """Only needed, and only looked for, when the path is relative."""
+    try:
+        return "/" if path.startswith("/") else os.getcwd()
+    except OSError as error:
+        raise UserError(f"{path} is relative, and the current directory cannot be read: {error.strerror}") from None

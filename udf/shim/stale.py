@@ -1,0 +1,65 @@
+"""What programs are told while there is no driver to ask: what was true when there last was one.
+
+Owns: answers from what is known although its time is over, and what must be known for that. None of them is cached by
+the kernel for longer than this request, so the next driver is asked again.
+Called by: requests.py and open_files.py, when the driver is dead or gone.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from udf.fuse.opcodes import Opcode
+from udf.fuse.structs import ATTR_OUT, GETATTR_IN, STATFS_OUT
+from udf.shim.graph import ATTR_SIZE, ROOT
+from udf.shim.inflight import Ask
+from udf.shim.nodes import BadEntry
+
+if TYPE_CHECKING:
+    from udf.shim.inflight import Steps
+    from udf.shim.service import Service
+
+_ATTR_HEAD = Struct("=QI4x")
+
+
+def stale_attributes(s: Service, slot: int) -> bytes | None:
+    """Return the ATTR_OUT of a node as it was last seen; None if it never was, or has changed since.
+
+    An old size would not only be wrong: the kernel cuts the file's pages to it.
+    """
+    if not is_unchanged(s, slot):
+        return None
+    return _ATTR_HEAD.pack(0, 0) + bytes(s.nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
+
+
+def is_unchanged(s: Service, slot: int) -> bool:
+    """Whether nothing is known to have changed since the attributes of *slot* came; only their time may be over."""
+    return s.nodes.attr_until[slot] > 0.0 and s.nodes.mode(slot) != 0
+
+
+def answer_stale(s: Service, unique: int, body: bytes | None) -> bool:
+    """Answer with what is known, if anything is."""
+    if body is None:
+        return False
+    s.counters.stale_hits += 1
+    s.answer(unique, body, by="cache")
+    return True
+
+
+def first_looks(s: Service) -> Steps:
+    """Ask for what df and ls of the parent directory want, so that they never wait for a driver that is dead."""
+    error, reply = yield Ask(Opcode.STATFS, ROOT, b"")
+    if not error and len(reply) == STATFS_OUT.size and s.statfs is None:
+        s.statfs = reply
+    error, reply = yield Ask(Opcode.GETATTR, ROOT, bytes(GETATTR_IN.size))
+    if not error and len(reply) == ATTR_OUT.size and not s.nodes.mode(ROOT):
+        attributes = bytearray(reply)
+        try:
+            s.nodes.check_attr(ROOT, attributes, 16)
+        except BadEntry as bad:
+            s.fault(Opcode.GETATTR, "BadEntry", str(bad))
+            return
+        valid, nanoseconds = _ATTR_HEAD.unpack_from(attributes)
+        s.nodes.keep_attr(ROOT, attributes, 16, monotonic() + min(valid, 1 << 40) + nanoseconds * 1e-9)

@@ -1,0 +1,40 @@
+"""What the kernel tells of processes: memory, name, and whether the OOM killer was at work.
+
+Owns: the reading of /proc for these three. Must never: read what can wait for the process itself (its command line and
+its maps need its address space, which may hang on a mount of ours). Called by: generation.py, control.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from udf.supervisor.output import printable
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def oom_kills() -> int:
+    """So many processes the OOM killer has ended, of the machine and of any cgroup; 0 where the kernel does not say."""
+    try:
+        text = Path("/proc/vmstat").read_bytes()
+    except OSError:
+        return 0
+    _, found, rest = text.partition(b"\noom_kill ")
+    return int(rest.split(b"\n", 1)[0]) if found else 0
+
+
+def resident(pid: int) -> int | None:
+    """Bytes of a process in memory, or None if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * _PAGE
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def command_of(pid: int) -> str:
+    """The name of a process, or "" if it is gone (or lives in a PID namespace that we do not see)."""
+    try:
+        return printable(Path(f"/proc/{pid}/comm").read_bytes()[:64])
+    except OSError:
+        return ""

@@ -1,0 +1,394 @@
+"""The generations of one mount's driver: the first one, and a new one for each that is lost.
+
+Owns: which process is the driver, its certain end before another one may touch the source, and the mount's states
+RECOVERING, ACTIVE and FAILED after its start.
+Must never: let two generations serve at once, wait for a driver without a bound, or start one when the mount ends.
+Called by: mounts.py.
+
+The order of a recovery, of which each step waits for the one before: the old host is dead for certain → the policy
+lets a new one start (its process may stand already, but it has no link and has touched nothing) → it says READY → the
+shim has said that the old link is drained → `attach` → `attached`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import trio
+
+from udf import messages
+from udf.errors import UserError
+from udf.supervisor import crashes, spawn
+from udf.supervisor.bell import Bell
+from udf.supervisor.crashes import CrashLog
+from udf.supervisor.generation import Generation
+from udf.supervisor.hosts import TERM_GRACE, Hosts
+from udf.supervisor.instance import Instance, Reason, State
+from udf.supervisor.output import sentence
+from udf.supervisor.plan import MountPlan
+from udf.supervisor.restart import Death, Decision, History, Kind
+from udf.supervisor.shim import Shim
+
+HOST_SILENCE = 10  # heartbeats; counted in our own ticks, so that our own sleep is never taken for a driver's
+LINK_GRACE = 2.0  # between the end of a process and the end of its link, whichever is seen first
+LAST_WORDS = 0.2  # after a death of its own making, for what it printed
+STOP_GRACE = 5.0  # for the host to end after `stop`
+
+log = logging.getLogger("udf.mounts")
+_NOTHING_LOST = messages.LinkLost()
+
+
+class Recovery:
+    """The driver of one mount, whatever process that is."""
+
+    def __init__(
+        self,
+        plan: MountPlan,
+        mount: Instance,
+        driver: Instance,
+        shim: Shim,
+        bell: Bell,
+        on_fault: Callable[[str, str], bool],
+    ) -> None:
+        self.generation = 0  # the last one that the shim was offered
+        self.crashes = CrashLog()
+        self.cut_off = False  # the last driver had to be ended by a signal
+        self._plan = plan
+        self._mount = mount
+        self._driver = driver
+        self._shim = shim
+        self._bell = bell
+        self._hosts = Hosts(plan, bell, on_fault)
+        self._history = History()
+        self._serving: Generation | None = None  # none between two generations, and after the last
+        self._trying: Generation | None = None  # on its way to serve
+        self._counted = True  # whether the last death of one that served was its own making
+        self._restart_asked = False
+        self._failures = 0  # starts that failed
+        self._is_ending = False
+
+    # ---- the first generation
+
+    def start_first(self, nursery: trio.Nursery, reaper: trio.Nursery) -> Generation:
+        """Start the process of the first generation; the mount's start decides what its failure means."""
+        self._hosts.open(nursery, reaper)
+        self._serving = self._hosts.new()
+        self._show(self._serving)
+        return self._serving
+
+    async def serve_first(self, generation: Generation, link: int) -> None:
+        """Tell it to serve."""
+        await generation.serve(link, self._hosts.store)
+
+    def first_serves(self) -> None:
+        """The mount is made."""
+        assert self._serving is not None
+        self.generation = 1
+        self._serving.serves(1)
+
+    # ---- what others see
+
+    @property
+    def restarts_left(self) -> int:
+        """So many deaths of its own making are followed by a new generation, if they came now."""
+        return self._history.restarts_left(trio.current_time())
+
+    @property
+    def spare_pid(self) -> int | None:
+        """The process that stands ready, if there is one."""
+        return self._hosts.spares.pid
+
+    def tick(self) -> None:
+        """A heartbeat is due from the driver that serves: silence and a loop that stands still are a hang."""
+        serving = self._serving
+        if serving is None or self._mount.state is not State.ACTIVE:
+            return
+        serving.tick()
+        if serving.process.silent > HOST_SILENCE:
+            serving.condemn(Kind.HUNG, f"the driver gave no sign of life for {HOST_SILENCE} s")
+        elif serving.loop_age > max(self._plan.deadline, HOST_SILENCE):
+            serving.condemn(Kind.HUNG, f"the driver's loop has not turned for {serving.loop_age:.0f} s")
+
+    def overdue(self, operation: str, age: float) -> None:
+        """A request has passed its deadline."""
+        driver = self._serving or self._trying  # it may be serving before we have heard so
+        if driver is not None:
+            driver.condemn(Kind.HUNG, f"the driver has not answered {operation} for {age:.0f} s")
+
+    def broke_contract(self, text: str) -> None:
+        """The shim has given the driver up."""
+        if self._serving is not None:
+            self._serving.condemn(Kind.CONTRACT, text)
+
+    def poison(self, operation: str, path: str) -> None:
+        """A request was answered EIO because drivers died at it."""
+        what = f"{operation} {path}".rstrip()
+        self.crashes.add_poison(what)
+        self._mount.tell("poison", operation, f"{what} was given up: the driver died at it each time")
+        log.warning("%s: %s was given up, because the driver died at it each time", self._plan.name, what)
+
+    # ---- the loop
+
+    async def run(self) -> None:
+        """Replace each driver that is lost, until the mount ends."""
+        if self._plan.options.spare:
+            self._hosts.nursery.start_soon(
+                self._hosts.spares.run, lambda: self._mount.state is State.ACTIVE, self._over
+            )
+        while True:
+            await self._bell.until(lambda: self._over() or self._restart_asked or self._is_lost())
+            if not self._restart_asked and not self._over():
+                await self._hear_both_ends()
+            if self._over():
+                return
+            await self._replace()
+
+    def _over(self) -> bool:
+        return self._is_ending or self._shim.is_over
+
+    def _is_lost(self) -> bool:
+        return self._serving is not None and (self._serving.is_lost or not self._shim.linked)
+
+    async def _hear_both_ends(self) -> None:
+        """A death shows twice, at the process and at the link. The end of the mount itself may show as the first."""
+        serving = self._serving
+        assert serving is not None
+        if serving.is_ended or not serving.is_lost:
+            await self._bell.within(
+                LINK_GRACE,
+                lambda: (
+                    self._over()
+                    or (serving.is_ended and not self._shim.linked)
+                    or (serving.is_lost and not serving.is_ended)
+                ),
+            )
+        if not serving.is_lost:
+            serving.condemn(Kind.CONTRACT, "the driver closed its link and did not end")
+
+    async def _replace(self) -> None:
+        """From the loss of a driver (or an operator's wish) to the next one that serves, or to FAILED."""
+        begun = trio.current_time()
+        old, self._serving = self._serving, None
+        asked, self._restart_asked = self._restart_asked, False
+        decision = Decision()
+        if asked:
+            self._history = History()
+            self._enter(State.RECOVERING, Reason.OPERATOR, "restarted by an operator")
+        if old is not None and asked and not old.is_lost:
+            self._prestart()
+            if not await old.stop(stop_grace(self._plan)) and not self._over():
+                log.warning("%s: the driver did not end when it was told to and is ended", self._plan.name)
+            old.condemn(Kind.OPERATOR, "the driver was restarted by an operator")
+            if not await self._is_gone(old, TERM_GRACE):
+                return
+            self._counted = False
+        elif old is not None:
+            await old.hear_last_words(LAST_WORDS)
+            kind, text = old.cause()
+            self._enter(State.RECOVERING, Reason(kind), text)
+            self._prestart()
+            if not await self._is_gone(old, 0):
+                return
+            self._counted = kind.is_counted
+            await self._bell.within(LINK_GRACE, lambda: self._over() or not self._shim.linked)
+            decision = self._note_death(old, kind, text)
+        await self._bring_back(begun, decision)
+
+    async def _bring_back(self, begun: float, decision: Decision) -> None:
+        """Start generation after generation as the policy says, until one serves or it says stop."""
+        while not self._over():
+            if decision.quarantine:
+                text = f"{self._mount.text}; it died too often and is not started again: see `udf crashes`"
+                await self._give_up(Reason.QUARANTINE, text)
+                return
+            if decision.delay:
+                self._driver.note(f"it is started again in {decision.delay:.1f} s")
+                await self._bell.within(decision.delay, lambda: self._over() or self._restart_asked)
+                if self._over():
+                    return
+            if self._restart_asked:
+                self._restart_asked, self._history = False, History()
+            generation = self._trying = self._hosts.take()
+            attached = await self._try(generation)
+            self._trying = None
+            if self._over():
+                return
+            if attached is not None:
+                self._serves(generation, attached, begun)
+                return
+            await generation.hear_last_words(LAST_WORDS)
+            kind, text = generation.cause()
+            if not await self._is_gone(generation, 0):
+                return
+            decision = self._note_death(generation, kind, text)
+            self._failures += 1
+            self._bell.ring()
+
+    async def _try(self, generation: Generation) -> messages.Attached | None:
+        """Have it serve and the shim take it. None: it did not come to that, and it is or must be ended."""
+        self._show(generation)
+        self._driver.note("waiting for ready")
+        shim_end, driver_end = spawn.link_pair()
+        with shim_end, driver_end:
+            await generation.serve(driver_end.fileno(), self._hosts.store)
+            driver_end.close()
+            if not await self._bell.within(
+                self._plan.start_timeout,
+                lambda: generation.ready is not None or generation.cannot_start or self._over(),
+            ):
+                generation.condemn(Kind.HUNG, f"the driver was not ready within {self._plan.start_timeout:g} s")
+            # Only now: what the old generation had answered counts before anything is asked again.
+            await self._bell.until(lambda: not self._shim.linked or generation.cannot_start or self._over())
+            if generation.cannot_start or self._over():
+                return None
+            self.generation += 1
+            generation.number = self.generation
+            self._driver.note("waiting for the shim to take it")
+            await self._shim.attach(self.generation, counted=self._counted, link=shim_end.fileno())
+        return await self._answer_of_shim(generation)
+
+    async def _answer_of_shim(self, generation: Generation) -> messages.Attached | None:
+        shim, limit = self._shim, self._plan.start_timeout + LINK_GRACE
+
+        def answered() -> bool:
+            return self._over() or (shim.answer is not None and shim.answer.generation == generation.number)
+
+        if not await self._bell.within(limit, lambda: answered() or not shim.linked or generation.is_lost):
+            generation.condemn(Kind.HUNG, f"the driver did not answer INIT within {limit:g} s")
+        if self._over():
+            return None
+        if isinstance(shim.answer, messages.Attached) and answered():
+            return shim.answer  # should it be dead by now, that is the death of one that served
+        # The end of a process closes its link, so what looks like a breach may be a death that shows in a moment.
+        await self._bell.within(LAST_WORDS, lambda: generation.is_lost or self._over())
+        error = shim.answer.error if isinstance(shim.answer, messages.Refused) else "it closed its link"
+        generation.condemn(Kind.CONTRACT, f"the mount cannot go on with this driver: {sentence(error)}")
+        # The shim must have let go of this link before it is offered another one.
+        generation.kill()
+        await self._bell.until(lambda: answered() or not shim.linked)
+        return shim.answer if isinstance(shim.answer, messages.Attached) and not self._over() else None
+
+    def _serves(self, generation: Generation, attached: messages.Attached, begun: float) -> None:
+        generation.serves(attached.generation)
+        self._serving, self._restart_asked = generation, False
+        pause = (trio.current_time() - begun) * 1000
+        self._driver.change(State.ACTIVE, Reason.READY)
+        text = f"generation {attached.generation} after {pause:.1f} ms"
+        if attached.replayed or attached.parked:
+            text += f"; requests asked again: {attached.replayed}, that had waited: {attached.parked}"
+        self._mount.change(
+            State.ACTIVE,
+            Reason.READY,
+            text,
+            pause_ms=pause,
+            generation=attached.generation,
+            replayed=attached.replayed,
+            parked=attached.parked,
+        )
+        log.info("%s: %s", self._plan.name, text)
+
+    # ---- ends
+
+    async def _is_gone(self, generation: Generation, grace: float) -> bool:
+        """End it for certain. If that is not to be had the mount is FAILED: there is never a second writer."""
+        if await self._hosts.bury(generation, grace):
+            return True
+        if not self._over():
+            pid = generation.instance.pid
+            text = f"process {pid} of the driver waits in the kernel and cannot be ended, so no other may serve"
+            log.error("%s: %s", self._plan.name, text)
+            await self._give_up(Reason.STUCK, text)
+        return False
+
+    def _note_death(self, generation: Generation, kind: Kind, text: str) -> Decision:
+        """Report a certain death and ask the policy what follows."""
+        now = trio.current_time()
+        self._history = self._history.after(Death(now, kind, generation.served))
+        lost = self._shim.lost if generation.served is not None else None
+        report = self.crashes.add(time.time(), generation, kind, text, lost or _NOTHING_LOST)
+        self._hosts.nursery.start_soon(self._read_out, generation, report)
+        self._driver.tell(
+            "death",
+            "counted" if kind.is_counted else "external",
+            text,
+            generation=generation.number,
+            served=generation.served or 0.0,
+            restarts_left=self.restarts_left,
+        )
+        log.log(logging.ERROR if kind.is_counted else logging.INFO, "%s: %s", self._plan.name, text)
+        if self._mount.state is State.RECOVERING:
+            self._mount.note(text)
+        return self._history.decide(now, random.uniform(-1.0, 1.0))  # noqa: S311 - spreads starts, guards nothing
+
+    async def _read_out(self, generation: Generation, report: crashes.CrashReport) -> None:
+        await self._bell.until(lambda: generation.process.over)
+        crashes.fill_output(report, generation.process.last_lines)
+
+    async def _give_up(self, reason: Reason, text: str) -> None:
+        """No new generation until an operator asks: what is not cached fails at once."""
+        self._hosts.drop_next()
+        if self._over():
+            return
+        self._enter(State.FAILED, reason, text)
+        await self._shim.process.send(messages.Fail(text=text))
+        self._bell.ring()
+
+    def _enter(self, state: State, reason: Reason, text: str) -> None:
+        for instance in (self._driver, self._mount):
+            if instance.state is not state:
+                instance.change(state, reason, text)
+
+    def _prestart(self) -> None:
+        if not self._over():
+            self._hosts.prestart()
+
+    def _show(self, generation: Generation) -> None:
+        """The mount's driver instance shows this process from now on."""
+        self._driver.process = generation.instance
+
+    # ---- what the operator asks
+
+    async def restart(self) -> int:
+        """A new generation, whatever the state, and a clean history; its number. UserError if there is none."""
+        if not await self._hosts.bury_stuck():
+            raise UserError(f"{self._plan.name} cannot be restarted: {self._mount.text}")
+        failures = self._failures
+        self._restart_asked = True
+        self._hosts.spares.reset()
+        self._bell.ring()
+        await self._bell.until(
+            lambda: (
+                self._over()
+                or self._failures > failures
+                or (not self._restart_asked and self._mount.state in (State.ACTIVE, State.FAILED))
+            )
+        )
+        if self._over():
+            raise UserError(f"{self._plan.name} was unmounted before its driver was restarted")
+        if self._mount.state is not State.ACTIVE:
+            raise UserError(f"the driver of {self._plan.name} was not restarted: {self._mount.text}")
+        return self.generation
+
+    # ---- the end of the mount
+
+    async def end(self) -> None:
+        """End every process, the one that serves in order. Bounded in time."""
+        self._is_ending = True
+        self._bell.ring()
+        orderly = self._serving if self._serving is not None and not self._serving.is_lost else None
+        grace = stop_grace(self._plan) if orderly is not None and orderly.ready is not None else 0.0
+        if not await self._hosts.end_all(orderly, grace) and grace:
+            self.cut_off = True
+            log.warning(
+                "%s: the driver did not end within %g s of its unmount and is ended; what it had not saved is lost",
+                self._plan.name,
+                grace,
+            )
+
+
+def stop_grace(plan: MountPlan) -> float:
+    """Seconds for the host to end; a foreign program may have to save, and that takes as long as a request may."""
+    return STOP_GRACE if plan.driver.command is None else max(STOP_GRACE, plan.deadline)
