@@ -182,16 +182,6 @@ class Contents:
             low = high
             i += 1
 
-    def truncate(self, size: int, stamp: int = 0) -> None:
-        """Set and commit the length and the time of the last write."""
-        slot, record = self.prepare(size, stamp)
-        try:
-            self._arena.kept.journal.append(record, frees=True)
-        except FUSEError:
-            self._arena.kept.give_slot(slot)
-            raise
-        self.cut(slot, size)
-
     def prepare(self, size: int, stamp: int) -> tuple[int, bytes]:
         """Return a slot with this length and time, and the record that makes it ours; `cut` is to follow."""
         slot = self._arena.kept.take_slot(size, stamp)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,9 @@ class Host:
                 self.output += data
         os.close(output)
 
-    def start(self, path: Path | str = "", class_name: str | None = None, **fields: Any) -> None:
+    def start(
+        self, path: Path | str = "", class_name: str | None = None, store: Sequence[int] = (), **fields: Any
+    ) -> None:
         sandbox = {
             "uid": self.sandbox_user,
             "gid": self.sandbox_user,
@@ -309,12 +311,13 @@ class Host:
             name=fields.pop("name", "test"),
             driver=messages.DriverSpec(path=str(path), class_name=class_name, command=fields.pop("command", None)),
             sandbox=messages.Sandbox(**sandbox),
+            store=bool(store),
             **fields,
         )
         if message.spare:
             self.control.send(messages.encode(message))
         else:
-            self.give_link(message)
+            self.give_link(message, *store)
 
     def give_link(self, message: messages.Message, *more: int) -> None:
         with self.driver_end:
