@@ -97,6 +97,7 @@ class Process(Generic[T]):
             self.over = True
             self.instance.pid = None  # the number may be somebody else's soon
         self._wake()
+        self._wake = _nobody  # there is no more to tell, and who was told may hold us
 
     async def _wait_for_death(self, child: Child) -> None:
         await child.dead.wait()
@@ -204,6 +205,10 @@ class Process(Generic[T]):
     def max_rss(self) -> int:
         """The largest resident set of a host's driver in KiB, known when it is dead; 0 if it is not known."""
         return 0 if self.child is None else self.child.max_rss
+
+
+def _nobody() -> None:
+    pass
 
 
 def _descends_from(pid: int, ancestor: int) -> bool:
