@@ -49,7 +49,6 @@ class Generation:
         self._was_told = False
         self._serving_since: float | None = None
         self._ended_at: float | None = None
-        self._oom_kills = procfs.oom_kills()
 
     def start(self, nursery: trio.Nursery, reaper: trio.Nursery) -> None:
         """Start the process and look after it. It waits for its orders."""
@@ -113,8 +112,7 @@ class Generation:
 
     def tick(self) -> None:
         """A heartbeat is due; look at its memory while it can be seen."""
-        self.process.silent += 1
-        self._oom_kills = procfs.oom_kills()
+        self.process.tick()
         if self.instance.pid is not None:
             self._resident = procfs.resident(self.instance.pid) or self._resident
 
@@ -132,7 +130,7 @@ class Generation:
             return Kind.CONTRACT, self.process.broken
         if self.failed is not None:
             return Kind.REFUSED, f"the driver {self.plan.driver_name} did not start: {self.failed}"
-        kind = restart.classify(self.status, out_of_memory=procfs.oom_kills() != self._oom_kills)
+        kind = restart.classify(self.status, out_of_memory=self.process.oom_killed)
         when = "" if self.ready is not None or not self._was_told else " before it was ready"
         by = " (the kernel was out of memory)" if kind is Kind.MEMORY else ""
         return kind, f"the driver {self.process.how()}{by}{when}"

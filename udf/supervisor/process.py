@@ -47,7 +47,9 @@ class Process(Generic[T]):
         self._received_all = trio.Event()
         self._worker_pidfd = -1
         self._worker_pid = 0
+        # The OOM killer's victims at two moments: what it did long ago, to others, is no reason for a death now.
         self._oom_kills: int | None = None
+        self._oom_kills_since: int | None = None
         self._problem = "was not started"
         self._scope = trio.CancelScope()
 
@@ -60,7 +62,7 @@ class Process(Generic[T]):
         self._channel = Channel(ours, self._decode, f"{self.instance.kind} {self.instance.name}")
         self._output = Output(f"{self.instance.name} ({self.instance.kind})")
         try:
-            self._oom_kills = oom.kills()
+            self._oom_kills = self._oom_kills_since = oom.kills()
             with theirs:
                 self.child = start(theirs, self._output.write_end)
         except (OSError, UserError) as exc:
@@ -136,6 +138,11 @@ class Process(Generic[T]):
         """Close our end: a shim then unmounts lazily and exits, a host dies."""
         if self._channel is not None:
             self._channel.close()
+
+    def tick(self) -> None:
+        """A sign of life is due."""
+        self.silent += 1
+        self._oom_kills, self._oom_kills_since = self._oom_kills_since, oom.kills()
 
     @property
     def last_line(self) -> str:
