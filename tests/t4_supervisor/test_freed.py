@@ -15,14 +15,22 @@ from staging import Stage, generation_of, gone
 
 from udf.supervisor.channel import Channel
 from udf.supervisor.child import Child
+from udf.supervisor.generation import Generation
+from udf.supervisor.hosts import Hosts
 from udf.supervisor.instance import Instance, Reason
 from udf.supervisor.mounts import Mount
 from udf.supervisor.output import Output
 from udf.supervisor.plan import MountPlan, StartFailedError
 from udf.supervisor.process import Process
+from udf.supervisor.recovery import Recovery
+from udf.supervisor.shim import Shim
+from udf.supervisor.spares import Spares
 from udf.supervisor.trace import Operation, TraceFeed
 
-PARTS = frozenset({Mount, Instance, Process, Child, Channel, Output, TraceFeed, MountPlan, StartFailedError})
+PARTS = frozenset(
+    {Mount, Instance, Process, Child, Channel, Output, TraceFeed, MountPlan, StartFailedError}
+    | {Recovery, Hosts, Spares, Generation, Shim}
+)
 
 
 def parts() -> Counter[type]:

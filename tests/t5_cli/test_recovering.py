@@ -197,6 +197,28 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("PPid:")[1].split()[0])
 
 
+@pytest.mark.parametrize("driver", ["hello", "memfs", "passthrough"])
+def test_a_spare_is_the_next_driver(
+    daemon: Daemon, mountpoint: Path, tmp_path: Path, events: Events, driver: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    arguments = [source] if driver == "passthrough" else []
+    daemon.udf.done("mount", "-t", driver, "-o", "spare", *arguments, mountpoint)
+    for generation in (2, 3):
+        spare = None
+        while spare is None:
+            spare = daemon.udf.mounts()[0]["spare_pid"]
+        kill_driver(daemon)
+        with pytest.raises(FileNotFoundError):
+            os.stat(mountpoint / f"unknown-{generation}")
+        events.generation(generation)
+        # It was known by its first process until the one that runs the driver was there.
+        driver_pid = daemon.udf.mounts()[0]["driver_pid"]
+        assert spare in (driver_pid, parent_of(driver_pid), parent_of(parent_of(driver_pid)))
+    daemon.udf.done("umount", mountpoint)
+
+
 def test_a_stopped_driver_under_load_is_replaced_in_its_deadline_and_going_on_changes_nothing(
     daemon: Daemon, mountpoint: Path, events: Events
 ) -> None:

@@ -31,7 +31,7 @@ class CrashReport(msgspec.Struct, kw_only=True):
     status: int | None  # the exit status, if it ended by itself
     signal: str | None  # the signal that ended it
     served: float | None  # seconds; None: it failed before it served
-    memory: int | None  # bytes in memory, as last seen
+    memory: int | None  # bytes in memory at most, as far as known
     pending: int  # requests that it had not answered
     operations: list[str]  # its last ones, oldest first
     output: list[str]  # its last lines, tracebacks too, oldest first
@@ -57,7 +57,7 @@ class CrashLog:
             status=status if status is not None and status >= 0 else None,
             signal=_signal_name(-status) if status is not None and status < 0 else None,
             served=generation.served,
-            memory=generation.resident,
+            memory=generation.memory,
             pending=lost.pending,
             operations=[_line(operation) for operation in lost.recent[-MAX_LINES:]],
             output=[],

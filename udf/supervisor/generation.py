@@ -15,7 +15,6 @@ import trio
 from udf import messages
 from udf.supervisor import procfs, restart, spawn
 from udf.supervisor.bell import Bell
-from udf.supervisor.child import Child
 from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import MountPlan
@@ -35,14 +34,14 @@ class Generation:
         self.plan = plan
         # Not the mount's driver instance, which lives longer than any process; its events are nobody's.
         self.instance = Instance(plan.name, "driver", EventLog())
-        self.process = Process(self.instance, messages.decode_from_host, bell.ring)
+        self.process = Process(self.instance, messages.decode_from_host, self._on_change)
         self.number = 0  # the generation that it was offered as; 0: it was not yet
         self.ready: messages.Ready | None = None
         self.failed: str | None = None  # why it cannot serve, in its own words
         self.verdict: tuple[Kind, str] | None = None  # why we end it; the first reason stands
         self.loop_age = 0.0
         self.traceback: list[str] = []  # of the last mistake that it survived
-        self.resident: int | None = None  # bytes, as last seen
+        self._resident: int | None = None  # bytes, as last seen
         self.stopping = False  # it was told to end
         self._bell = bell
         self._on_fault = on_fault
@@ -50,20 +49,17 @@ class Generation:
         self._was_told = False
         self._serving_since: float | None = None
         self._ended_at: float | None = None
-        self._oom_kills = procfs.oom_kills()
 
     def start(self, nursery: trio.Nursery, reaper: trio.Nursery) -> None:
         """Start the process and look after it. It waits for its orders."""
         plan = self.plan
         self.process.start(lambda control, output: spawn.start_host(plan.name, control, output, plan.environment))
         nursery.start_soon(self.process.run, self._on_message, reaper)
-        if self.process.child is not None:
-            nursery.start_soon(self._note_end, self.process.child)
 
-    async def _note_end(self, child: Child) -> None:
+    def _on_change(self) -> None:
         # What is left of its output is read later; the pause does not wait for that.
-        await child.ended.wait()
-        self._ended_at = trio.current_time()
+        if self._ended_at is None and self.is_ended:
+            self._ended_at = trio.current_time()
         self._bell.ring()
 
     async def prepare(self) -> None:
@@ -83,9 +79,8 @@ class Generation:
 
     @property
     def is_ended(self) -> bool:
-        """Whether its process has ended; its children may live a moment longer (`end` makes certain)."""
-        child = self.process.child
-        return child.ended.is_set() if child is not None else self.process.over
+        """Whether it has ended for certain, with all that it started."""
+        return self.process.dead
 
     @property
     def is_lost(self) -> bool:
@@ -117,10 +112,15 @@ class Generation:
 
     def tick(self) -> None:
         """A heartbeat is due; look at its memory while it can be seen."""
-        self.process.silent += 1
-        self._oom_kills = procfs.oom_kills()
+        self.process.tick()
         if self.instance.pid is not None:
-            self.resident = procfs.resident(self.instance.pid) or self.resident
+            self._resident = procfs.resident(self.instance.pid) or self._resident
+
+    @property
+    def memory(self) -> int | None:
+        """The most bytes that it had in memory, or as many as were last seen; None if that is not known."""
+        child = self.process.child
+        return child.max_rss * 1024 if child is not None and child.max_rss else self._resident
 
     def cause(self) -> tuple[Kind, str]:
         """Why it is lost: the kind and a sentence."""
@@ -130,7 +130,7 @@ class Generation:
             return Kind.CONTRACT, self.process.broken
         if self.failed is not None:
             return Kind.REFUSED, f"the driver {self.plan.driver_name} did not start: {self.failed}"
-        kind = restart.classify(self.status, out_of_memory=procfs.oom_kills() != self._oom_kills)
+        kind = restart.classify(self.status, out_of_memory=self.process.oom_killed)
         when = "" if self.ready is not None or not self._was_told else " before it was ready"
         by = " (the kernel was out of memory)" if kind is Kind.MEMORY else ""
         return kind, f"the driver {self.process.how()}{by}{when}"
@@ -152,13 +152,15 @@ class Generation:
 
     async def end(self, grace: float) -> bool:
         """End it with all that it started; whether that is gone for certain."""
-        return await self.process.end(grace)
+        return self.is_ended or await self.process.end(grace)
 
     def _on_message(self, message: messages.FromHost, _fds: list[int]) -> None:
         match message:
             case messages.Started(pid=pid):
                 if not self.process.adopt_worker(pid):
                     log.warning("%s: the driver host named process %d, which is not its child", self.plan.name, pid)
+            case messages.Warm():
+                pass  # a spare's; it is of use before that too
             case messages.Ready():
                 if self.ready is None:
                     self.ready = message

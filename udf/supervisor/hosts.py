@@ -30,7 +30,7 @@ class Hosts:
         self.store: list[int] = []  # the memfds of the state store, for each generation
         self.alive: list[Generation] = []  # all whose end is not certain
         self.stuck: list[Generation] = []  # those of them that served and cannot be ended
-        self.spares = Spares(plan, bell, self.new, self.discard)
+        self.spares = Spares(plan, bell)
         self._plan = plan
         self._bell = bell
         self._on_fault = on_fault
@@ -72,13 +72,17 @@ class Hosts:
 
     def drop_next(self) -> None:
         """There will be no next generation for now."""
-        self.discard(self._next)
-        self._next = None
+        if self._next is not None:
+            self.discard(self._next)
+            self._next = None
 
-    def discard(self, generation: Generation | None) -> None:
+    def discard(self, generation: Generation) -> None:
         """End one that has served nothing and will not; nobody waits for it."""
-        if generation is not None:
-            self.nursery.start_soon(self._end, generation, 0)
+        self.nursery.start_soon(self._end, generation, 0)
+
+    def keep_spare(self, wanted: Callable[[], bool], over: Callable[[], bool]) -> None:
+        """From now on have a spare while it is wanted."""
+        self.nursery.start_soon(self.spares.run, self.new, self.discard, wanted, over)
 
     async def bury(self, generation: Generation, grace: float) -> bool:
         """End one that has served; whether it is gone for certain. If not, it is stuck."""
@@ -112,6 +116,7 @@ class Hosts:
         for fd in self.store:
             os.close(fd)
         self.store.clear()
+        self._on_fault = _nobody  # it is the mount's own: a circle that would keep the mount in memory
         return in_time
 
     async def _end(self, generation: Generation, grace: float) -> bool:
@@ -121,3 +126,7 @@ class Hosts:
             if generation in generations:
                 generations.remove(generation)
         return True
+
+
+def _nobody(_operation: str, _text: str) -> bool:
+    return False

@@ -102,6 +102,7 @@ class Mount:
                     nursery.cancel_scope.cancel()
         finally:
             self.trace.close()
+            del self._shim.listeners  # they are this mount's own: a circle that would keep it in memory
             self.ended.set()
         if problem is not None:
             try:

@@ -1,7 +1,7 @@
 """Whether a process was killed because memory ran out.
 
-Owns: what the kernel tells of its OOM killer. Must never: wait. Called by: process.py, once at a host's start and once
-at its death by SIGKILL.
+Owns: what the kernel tells of its OOM killer. Must never: wait. Called by: process.py, at a host's start, with each
+heartbeat that is due, and at its death by SIGKILL.
 
 The counter in /proc/vmstat is there for everyone and counts every kill of the system, those of a cgroup's limit too: if
 it has not moved, nobody was killed. If it has, the kernel's log names the process; where we may not read that (it is

@@ -47,7 +47,9 @@ class Process(Generic[T]):
         self._received_all = trio.Event()
         self._worker_pidfd = -1
         self._worker_pid = 0
+        # The OOM killer's victims at two moments: what it did long ago, to others, is no reason for a death now.
         self._oom_kills: int | None = None
+        self._oom_kills_since: int | None = None
         self._problem = "was not started"
         self._scope = trio.CancelScope()
 
@@ -60,7 +62,7 @@ class Process(Generic[T]):
         self._channel = Channel(ours, self._decode, f"{self.instance.kind} {self.instance.name}")
         self._output = Output(f"{self.instance.name} ({self.instance.kind})")
         try:
-            self._oom_kills = oom.kills()
+            self._oom_kills = self._oom_kills_since = oom.kills()
             with theirs:
                 self.child = start(theirs, self._output.write_end)
         except (OSError, UserError) as exc:
@@ -97,6 +99,7 @@ class Process(Generic[T]):
             self.over = True
             self.instance.pid = None  # the number may be somebody else's soon
         self._wake()
+        self._wake = _nobody  # there is no more to tell, and who was told may hold us
 
     async def _wait_for_death(self, child: Child) -> None:
         await child.dead.wait()
@@ -135,6 +138,11 @@ class Process(Generic[T]):
         """Close our end: a shim then unmounts lazily and exits, a host dies."""
         if self._channel is not None:
             self._channel.close()
+
+    def tick(self) -> None:
+        """A sign of life is due."""
+        self.silent += 1
+        self._oom_kills, self._oom_kills_since = self._oom_kills_since, oom.kills()
 
     @property
     def last_line(self) -> str:
@@ -204,6 +212,10 @@ class Process(Generic[T]):
     def max_rss(self) -> int:
         """The largest resident set of a host's driver in KiB, known when it is dead; 0 if it is not known."""
         return 0 if self.child is None else self.child.max_rss
+
+
+def _nobody() -> None:
+    pass
 
 
 def _descends_from(pid: int, ancestor: int) -> bool:

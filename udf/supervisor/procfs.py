@@ -1,6 +1,6 @@
-"""What the kernel tells of processes: memory, name, and whether the OOM killer was at work.
+"""What the kernel tells of a process: its memory and its name.
 
-Owns: the reading of /proc for these three. Must never: read what can wait for the process itself (its command line and
+Owns: the reading of /proc for these two. Must never: read what can wait for the process itself (its command line and
 its maps need its address space, which may hang on a mount of ours). Called by: generation.py, control.py.
 """
 
@@ -12,16 +12,6 @@ from pathlib import Path
 from udf.supervisor.output import printable
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-def oom_kills() -> int:
-    """So many processes the OOM killer has ended, of the machine and of any cgroup; 0 where the kernel does not say."""
-    try:
-        text = Path("/proc/vmstat").read_bytes()
-    except OSError:
-        return 0
-    _, found, rest = text.partition(b"\noom_kill ")
-    return int(rest.split(b"\n", 1)[0]) if found else 0
 
 
 def resident(pid: int) -> int | None:

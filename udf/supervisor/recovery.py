@@ -135,9 +135,7 @@ class Recovery:
     async def run(self) -> None:
         """Replace each driver that is lost, until the mount ends."""
         if self._plan.options.spare:
-            self._hosts.nursery.start_soon(
-                self._hosts.spares.run, lambda: self._mount.state is State.ACTIVE, self._over
-            )
+            self._hosts.keep_spare(lambda: self._mount.state is State.ACTIVE, self._over)
         while True:
             await self._bell.until(lambda: self._over() or self._restart_asked or self._is_lost())
             if not self._restart_asked and not self._over():
@@ -387,6 +385,7 @@ class Recovery:
                 self._plan.name,
                 grace,
             )
+        self._serving = self._trying = None
 
 
 def stop_grace(plan: MountPlan) -> float:

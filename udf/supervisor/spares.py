@@ -21,19 +21,11 @@ log = logging.getLogger("udf.mounts")
 
 
 class Spares:
-    """At most one spare. `start` makes a process, `discard` ends one without waiting."""
+    """At most one spare."""
 
-    def __init__(
-        self,
-        plan: MountPlan,
-        bell: Bell,
-        start: Callable[[], Generation],
-        discard: Callable[[Generation | None], None],
-    ) -> None:
+    def __init__(self, plan: MountPlan, bell: Bell) -> None:
         self._plan = plan
         self._bell = bell
-        self._start = start
-        self._discard = discard
         self._spare: Generation | None = None
         self._history = History()
         self._given_up = False
@@ -54,13 +46,22 @@ class Spares:
         """An operator wants it tried again."""
         self._history, self._given_up = History(), False
 
-    async def run(self, wanted: Callable[[], bool], over: Callable[[], bool]) -> None:
-        """Keep one ready while it is wanted, until it is over."""
+    async def run(
+        self,
+        start: Callable[[], Generation],
+        discard: Callable[[Generation], None],
+        wanted: Callable[[], bool],
+        over: Callable[[], bool],
+    ) -> None:
+        """Keep one ready while it is wanted, until it is over.
+
+        `start` makes a process, `discard` ends one without waiting.
+        """
         while True:
             await self._bell.until(lambda: over() or (wanted() and self._spare is None and not self._given_up))
             if over():
                 return
-            spare = self._spare = self._start()
+            spare = self._spare = start()
             await spare.prepare()
             await self._bell.until(lambda: over() or self._spare is not spare or spare.cannot_start)  # noqa: B023 - awaited
             if over():
@@ -68,6 +69,7 @@ class Spares:
             if self._spare is spare:
                 self._spare = None
                 decision = self._note_death(spare)
+                discard(spare)
                 if decision.quarantine:
                     self._given_up = True
                     log.error("%s: its spares died too often; it goes on without one", self._plan.name)
@@ -76,7 +78,6 @@ class Spares:
     def _note_death(self, spare: Generation) -> Decision:
         kind, text = spare.cause()
         log.warning("%s: a spare is replaced: %s", self._plan.name, text)
-        self._discard(spare)
         now = trio.current_time()
         self._history = self._history.after(Death(now, kind, None))
         return self._history.decide(now, random.uniform(-1.0, 1.0))  # noqa: S311 - spreads starts, guards nothing
