@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from udf import messages
-from udf.supervisor import procfs, restart, spawn
+from udf.supervisor import oom, procfs, restart, spawn
 from udf.supervisor.bell import Bell
 from udf.supervisor.child import Child
 from udf.supervisor.instance import EventLog, Instance
@@ -130,7 +130,7 @@ class Generation:
             return Kind.CONTRACT, self.process.broken
         if self.failed is not None:
             return Kind.REFUSED, f"the driver {self.plan.driver_name} did not start: {self.failed}"
-        kind = restart.classify(self.status, out_of_memory=procfs.oom_kills() != self._oom_kills)
+        kind = restart.classify(self.status, out_of_memory=oom.was_killed(self.process.worker_pid, self._oom_kills))
         when = "" if self.ready is not None or not self._was_told else " before it was ready"
         by = " (the kernel was out of memory)" if kind is Kind.MEMORY else ""
         return kind, f"the driver {self.process.how()}{by}{when}"

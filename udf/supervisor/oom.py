@@ -1,36 +1,29 @@
 """Whether a process was killed because memory ran out.
 
-Owns: what the kernel tells of its OOM killer. Must never: wait. Called by: process.py, once at a host's start and once
-at its death by SIGKILL.
+Owns: the question whom the kernel's OOM killer has killed. Must never: wait. Called by: generation.py, at a death.
 
-The counter in /proc/vmstat is there for everyone and counts every kill of the system, those of a cgroup's limit too: if
-it has not moved, nobody was killed. If it has, the kernel's log names the process; where we may not read that (it is
-root's, as a rule), the kill is taken for ours, because another at the same time is unlikely.
+The counter that procfs.py reads is there for everyone and counts every kill of the system, those of a cgroup's limit
+too: if it has not moved, nobody was killed. If it has, the kernel's log names the process; where we may not read that
+(it is root's, as a rule), the kill is taken for ours, because another at the same time is unlikely.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
-from pathlib import Path
+
+from udf.supervisor import procfs
 
 _MAX_RECORDS = 20_000  # of the kernel's log; more than its buffer has
 _KILLED = re.compile(rb"Killed process (\d+) ")
 
 
-def kills() -> int | None:
-    """How many processes the OOM killer has ended since boot; None where the kernel does not count them."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/vmstat").read_bytes().partition(b"\noom_kill ")[2].split(b"\n", 1)[0])
-    return None
-
-
-def was_killed(pid: int, before: int | None, now: int | None) -> bool:
-    """Whether the process, which died by SIGKILL, was one of the kills between the two counts."""
-    if before is None or now is None or now <= before:
+def was_killed(pid: int, before: int) -> bool:
+    """Whether the process, which died by SIGKILL, was one of the kills since procfs.oom_kills() said `before`."""
+    last = procfs.oom_kills() - before
+    if last <= 0:
         return False
-    named = _named(now - before)
+    named = _named(last)
     return named is None or pid in named
 
 

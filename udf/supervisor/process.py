@@ -17,7 +17,7 @@ import trio
 
 from udf.errors import ContractError, UserError
 from udf.messages import Message
-from udf.supervisor import oom, spawn
+from udf.supervisor import spawn
 from udf.supervisor.channel import Channel, ChannelClosedError
 from udf.supervisor.child import REAP_TIMEOUT, Child, send_signal
 from udf.supervisor.instance import Instance
@@ -36,7 +36,7 @@ class Process(Generic[T]):
         self.instance = instance
         self.child: Child | None = None
         self.over = False
-        self.oom_killed = False  # known when it is dead
+        self.worker_pid = 0  # a host's driver, once it is known; kept when it has ended
         self.dead = False  # it and all that it started have ended for certain; its last words may be still to come
         self.broken: str | None = None  # the rule of the wire that it broke
         self.silent = 0  # ticks since its last sign of life
@@ -46,8 +46,6 @@ class Process(Generic[T]):
         self._output: Output | None = None
         self._received_all = trio.Event()
         self._worker_pidfd = -1
-        self._worker_pid = 0
-        self._oom_kills: int | None = None
         self._problem = "was not started"
         self._scope = trio.CancelScope()
 
@@ -60,7 +58,6 @@ class Process(Generic[T]):
         self._channel = Channel(ours, self._decode, f"{self.instance.kind} {self.instance.name}")
         self._output = Output(f"{self.instance.name} ({self.instance.kind})")
         try:
-            self._oom_kills = oom.kills()
             with theirs:
                 self.child = start(theirs, self._output.write_end)
         except (OSError, UserError) as exc:
@@ -102,8 +99,6 @@ class Process(Generic[T]):
         await child.dead.wait()
         if self._worker_pidfd >= 0:  # without a PID namespace it might have outlived an anchor that was killed
             await trio.lowlevel.wait_readable(self._worker_pidfd)
-        if child.status == -signal.SIGKILL:
-            self.oom_killed = oom.was_killed(self._worker_pid or child.pid, self._oom_kills, oom.kills())
         self.dead = True
         self._wake()
 
@@ -166,7 +161,7 @@ class Process(Generic[T]):
         if not _descends_from(pid, self.child.pid):
             os.close(descriptor)
             return False
-        self._worker_pidfd, self._worker_pid = descriptor, pid
+        self._worker_pidfd, self.worker_pid = descriptor, pid
         self.instance.pid = pid
         return True
 
