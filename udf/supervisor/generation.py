@@ -62,7 +62,7 @@ class Generation:
 
     async def _note_end(self, child: Child) -> None:
         # What is left of its output is read later; the pause does not wait for that.
-        await child.ended.wait()
+        await child.dead.wait()
         self._ended_at = trio.current_time()
         self._bell.ring()
 
@@ -83,9 +83,9 @@ class Generation:
 
     @property
     def is_ended(self) -> bool:
-        """Whether its process has ended; its children may live a moment longer (`end` makes certain)."""
+        """Whether its process has ended, with all that it started as far as the host knows (`end` makes certain)."""
         child = self.process.child
-        return child.ended.is_set() if child is not None else self.process.over
+        return child.dead.is_set() if child is not None else self.process.over
 
     @property
     def is_lost(self) -> bool:
