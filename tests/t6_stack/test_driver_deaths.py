@@ -223,15 +223,15 @@ def test_a_database_is_whole_after_a_driver_died_in_each_transaction(mounting: M
         "for n in range(40):\n"
         "    db.execute('INSERT INTO t VALUES (?)',(n,)); print(n,flush=True)\n"
     )
-    writer = subprocess.Popen(["python3", "-c", code, f"{scene.root}/db"], stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
     generation = 1
-    for line in writer.stdout:
-        if int(line) % 4 == 0:
-            scene.kill()
-            generation += 1
-            scene.wait_for_generation(generation)
-    assert writer.wait(30) == 0
+    with subprocess.Popen(["python3", "-c", code, f"{scene.root}/db"], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        for line in writer.stdout:
+            if int(line) % 4 == 0:
+                scene.kill()
+                generation += 1
+                scene.wait_for_generation(generation)
+        assert writer.wait(30) == 0
     check = (
         "import sqlite3,sys; db=sqlite3.connect(sys.argv[1])\n"
         "print(*db.execute('PRAGMA integrity_check').fetchone(), *db.execute('SELECT count(*) FROM t').fetchone())"

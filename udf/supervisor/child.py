@@ -61,21 +61,22 @@ class Child:
         self.signal(signal.SIGKILL)
 
     async def end(self, grace: float, worker: int = -1) -> bool:
-        """SIGTERM, SIGKILL after the grace; whether it is gone for certain, and with it what it started."""
+        """SIGTERM, SIGKILL after the grace; whether all that it started is gone for certain.
+
+        A host's anchor, which has nothing any more and ends too, is not waited for.
+        """
         if grace > 0:
             self.signal(signal.SIGTERM)
-            with trio.move_on_after(grace):
-                await self.ended.wait()
+            await self._dead_within(grace)
         self.kill(worker)
-        if not await self._gone_within(REAP_TIMEOUT):
+        if not await self._dead_within(REAP_TIMEOUT):
             self.signal(signal.SIGKILL)  # whatever keeps an anchor from reporting
-            await self._gone_within(_ANCHOR_TIMEOUT)
-        return self.ended.is_set() and self.dead.is_set()
+            await self._dead_within(_ANCHOR_TIMEOUT)
+        return self.dead.is_set()
 
-    async def _gone_within(self, seconds: float) -> bool:
+    async def _dead_within(self, seconds: float) -> bool:
         with trio.move_on_after(seconds) as limit:
             await self.dead.wait()
-            await self.ended.wait()
         return not limit.cancelled_caught
 
     def how(self) -> str:
@@ -149,6 +150,9 @@ class Host(Child):
         with trio.move_on_after(_REPORT_TIMEOUT):
             await self._heard_all.wait()
         self.dead.set()
+        with trio.move_on_after(_ANCHOR_TIMEOUT):
+            await self.ended.wait()
+        self.signal(signal.SIGKILL)  # it has nothing left to do; perhaps somebody has stopped it
 
     def kill(self, worker: int = -1) -> None:
         """SIGKILL for the whole tree. `worker` is a pidfd of the driver, if there is one."""
