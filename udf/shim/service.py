@@ -189,7 +189,8 @@ class Service:
         self.asks[unique] = task
         if task is not None:
             task.asked = monotonic()
-        self.counters.driver_round_trips += 1
+        if task is None or task.unique:  # what no program has asked for is not on a program's account
+            self.counters.driver_round_trips += 1
         self.link.send(_pack_header(HEADER + len(ask.body), ask.op, unique, ask.node, *ask.caller, 0) + ask.body)
 
     def post_release(self, handle: Handle) -> None:
