@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.shim": ("udf.fuse", "udf.shim"),
     "udf.driver": ("udf.driver", "udf.errors"),
     "udf.host": ("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
+    "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
     "udf.supervisor": ("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
