@@ -76,13 +76,24 @@ def _descendants() -> Iterator[int]:
         pending.pop()
 
 
+def _stands_by(pid: int, before: set[int]) -> bool:
+    """Whether it is the zygote of a supervisor that is older than the test, or what was forked ahead from it."""
+    with contextlib.suppress(OSError, ValueError):
+        while pid > 1:
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if name in ("udf-zygote", "udf-standby"):
+                return pid in before
+    return False
+
+
 def _end_leftovers(before: set[int]) -> list[tuple[int, str]]:
     """Processes that did not end by themselves; they are ended here."""
     left = []
     until = time.monotonic() + GRACE
     # Twice: what ends may leave orphans to us.
     for _ in range(2):
-        for pid in [p for p in _descendants() if p not in before]:
+        for pid in [p for p in _descendants() if p not in before and not _stands_by(p, before)]:
             if _ended(pid, max(0.0, until - time.monotonic())):
                 continue
             left.append((pid, _command(pid)))
