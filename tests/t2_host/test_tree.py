@@ -128,3 +128,14 @@ def test_another_file_at_a_known_name_is_another_node() -> None:
     assert tree.path(second) == "/a"
     third = tree.bind(tree.root, "a", True, None)
     assert third.is_dir
+
+
+def test_a_rename_over_the_only_known_name_of_a_directory_keeps_the_directory() -> None:
+    """The directory went with the name that was replaced, and what was moved there had no path."""
+    tree = Tree()
+    directory = tree.bind(tree.root, "d", True, None)
+    target, moved = tree.bind(directory, "a", False, None), tree.bind(tree.root, "b", False, None)
+    moved.lookups = 1
+    tree.move(tree.root, "b", directory, "a")
+    assert tree.path(moved) == "/d/a"
+    assert tree.get(target.id) is None

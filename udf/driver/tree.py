@@ -134,13 +134,17 @@ class Tree:
         if target is not None and target is moved:
             return  # two names of one file: POSIX leaves both
         if target is not None:
-            self.unbind(new_parent, new_name)
-        if moved is None:
-            return
-        position = moved.names.index((parent, name))
-        del parent.children[name]
-        moved.names[position] = (new_parent, new_name)
-        new_parent.children[new_name] = moved
+            # Not yet pruned: the directory may be known only for what is in it.
+            del new_parent.children[new_name]
+            target.names.remove((new_parent, new_name))
+        if moved is not None:
+            position = moved.names.index((parent, name))
+            del parent.children[name]
+            moved.names[position] = (new_parent, new_name)
+            new_parent.children[new_name] = moved
+        if target is not None:
+            self.prune(target)
+            self.prune(new_parent)
         self.prune(parent)
 
     def forget(self, node_id: int, count: int) -> None:
