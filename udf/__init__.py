@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from udf.driver.fs import FsDriver as FsDriver
     from udf.driver.fs import Space as Space
     from udf.driver.journal import Journal as Journal
+    from udf.driver.progress import still_working as still_working
     from udf.driver.store import Store as Store
     from udf.errors import ContractError as ContractError
     from udf.errors import DeviceGone as DeviceGone
@@ -28,6 +29,7 @@ _HOMES = {
     "Space": "udf.driver.fs",
     "Journal": "udf.driver.journal",
     "Store": "udf.driver.store",
+    "still_working": "udf.driver.progress",
     "ContractError": "udf.errors",
     "DeviceGone": "udf.errors",
     "UdfError": "udf.errors",
@@ -46,6 +48,7 @@ __all__ = [
     "UdfError",
     "UserError",
     "__version__",
+    "still_working",
 ]
 
 

@@ -267,6 +267,17 @@ def interruptible_read(path: str) -> int:
     return number
 
 
+def interruptible_mkdir(path: str) -> int:
+    """A MKDIR, with a handler for SIGUSR1 that does nothing: the errno with which the system call ended."""
+    import ctypes
+    import signal
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, True)
+    return ctypes.get_errno() if libc.mkdir(path.encode(), 0o755) < 0 else 0
+
+
 def access_open(path: str) -> None:
     os.close(os.open(path, os.O_RDONLY))
 

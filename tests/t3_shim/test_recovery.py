@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
+from tests.t3_shim.program import StillWaiting
 from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
 from tests.t3_shim.tree import ROOT, Request
-from udf.fuse.opcodes import Opcode
+from udf.fuse import structs
+from udf.fuse.opcodes import STILL_WORKING, Opcode
 from udf.shim.replay import REPLAY, Replay
 
 pytestmark = can_mount
@@ -415,6 +419,38 @@ def test_a_driver_that_lacks_what_was_promised_is_refused():
         assert mount.do("stat", "d/inner")["st_size"] == 5
 
 
+def test_a_driver_that_was_refused_costs_nothing_when_it_ends():
+    """Its closed link used to wake the shim again and again until the next driver came."""
+    with recovering() as mount:
+        mount.lose_driver()
+        mount.generation = 2
+        mount.send_attach(lambda driver: None, max_write=4096)
+        mount.shim.wait_for("refused", generation=2)
+        mount.driver.stop()
+        before = cpu_seconds(mount.shim.process.pid)
+        mount.shim.wait_for_count("heartbeat", len(mount.shim.said("heartbeat")) + 1)
+        assert cpu_seconds(mount.shim.process.pid) - before < 0.3
+        mount.next_driver()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_change_that_waits_is_let_go_of_but_not_once_the_driver_has_it():
+    with recovering() as mount:
+        mount.do("stat")
+        mount.lose_driver()
+        other = mount.program()
+        other.start("interruptible_mkdir", mount.path("new"))
+        what_waits(mount)
+        other.signal(10)  # SIGUSR1, which it handles
+        assert other.wait() == errno.EINTR
+        mount.next_driver()
+        assert mount.fails("stat", "new") == errno.ENOENT
+
+
 def test_a_driver_that_dies_before_it_answers_is_refused():
     with recovering() as mount:
         mount.lose_driver()
@@ -520,6 +556,41 @@ def test_a_driver_that_does_not_answer_in_time_is_reported_and_its_request_asked
         mount.next_driver(counted=True)
         assert mount.usual.wait()["st_size"] == 5
         assert len(mount.shim.said("overdue")) == 1
+
+
+def say_still_working(mount: Mount, op: int) -> None:
+    body = op.to_bytes(4, "little")
+    mount.driver.send(structs.OUT_HEADER.pack(structs.OUT_HEADER.size + len(body), STILL_WORKING, 0) + body)
+
+
+def test_a_driver_that_gets_on_slowly_does_not_hang():
+    with recovering(deadline=0.6) as mount:
+        mount.counters()
+        mount.driver.hold(Opcode.LOOKUP)
+        mount.usual.start("stat", mount.path("d/inner"))
+        mount.driver.wait_for(Opcode.LOOKUP)
+        for _ in range(6):
+            with pytest.raises(StillWaiting):
+                mount.usual.wait(0.3)
+            say_still_working(mount, Opcode.LOOKUP)
+        mount.driver.answer_late()
+        assert mount.usual.wait()["st_size"] == 5
+        assert not mount.shim.said("overdue")
+
+
+@pytest.mark.parametrize("op", [Opcode.LOOKUP, Opcode.READ])
+def test_it_must_be_that_kind_of_request_and_end_some_time(op):
+    with recovering(deadline=0.1) as mount:
+        mount.counters()
+        mount.driver.hold(Opcode.LOOKUP)
+        mount.usual.start("stat", mount.path("d/inner"))
+        mount.driver.wait_for(Opcode.LOOKUP)
+        while not mount.shim.said("overdue"):
+            say_still_working(mount, op)
+            with contextlib.suppress(StillWaiting, OSError):
+                mount.usual.wait(0.02)
+        assert mount.shim.wait_for("overdue")["op"] == "LOOKUP"
+        mount.driver.answer_late()
 
 
 def test_should_nobody_replace_a_driver_that_hangs_its_programs_do_not_wait_for_ever():

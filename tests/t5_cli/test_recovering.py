@@ -235,6 +235,28 @@ def test_a_stopped_driver_under_load_is_replaced_in_its_deadline_and_going_on_ch
 # ---- quarantine, restart, crashes
 
 
+@pytest.mark.parametrize("says_so", [True, False], ids=["says so", "silent"])
+def test_a_driver_that_is_slow_is_replaced_unless_it_says_that_it_gets_on(
+    daemon: Daemon, mountpoint: Path, tmp_path: Path, says_so: bool
+) -> None:
+    slow = "for _ in range(10 if path == '/slow' else 0): await trio.sleep(0.2); " + (
+        "still_working()" if says_so else ""
+    )
+    driver = write_driver(tmp_path, at_start="from udf import still_working", at_stat=slow)
+    daemon.udf.done("mount", "-t", driver, "-o", "deadline=0.7", mountpoint)
+    done = subprocess.run(["stat", mountpoint / "slow"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 1
+    row = daemon.udf.mounts()[0]
+    if says_so:
+        assert "No such file" in done.stderr
+        assert row["generation"] == 1
+    else:
+        assert "Input/output error" in done.stderr, "a request at which driver after driver hangs is given up"
+        assert row["generation"] == 3
+    assert (mountpoint / "file").read_text() == "content"
+    daemon.udf.done("umount", mountpoint)
+
+
 def test_a_crash_loop_ends_in_quarantine_and_restart_brings_the_mount_back_with_its_open_files(
     daemon: Daemon, mountpoint: Path, tmp_path: Path, events: Events
 ) -> None:

@@ -86,5 +86,8 @@ class Notify(IntEnum):
     PRUNE = 9  # 7.45
 
 
+# Not the kernel's: a driver's word to a shim of UDF that requests of one opcode (a u32) are being worked on.
+STILL_WORKING = 0x554446
+
 # Requests the kernel waits for no answer to; an answer gets ENOENT from write(2).
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY})

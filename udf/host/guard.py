@@ -14,6 +14,7 @@ from typing import Any
 import pyfuse3
 import trio
 
+from udf.driver.progress import OPCODES, kind
 from udf.errors import ContractError, errno_of, is_fault
 
 MAX_TRACEBACK = 16 * 1024
@@ -145,8 +146,10 @@ class Guard(pyfuse3.Operations):
         self, op: str, handler: Callable[..., Awaitable[Any]], check: Callable[[Any], Any]
     ) -> Callable[..., Awaitable[Any]]:
         failure = self._failure
+        opcode, note = OPCODES[op], kind.set
 
         async def call(*arguments: Any) -> Any:
+            note(opcode)
             try:
                 return check(await handler(*arguments))
             except BaseException as exc:
@@ -156,8 +159,10 @@ class Guard(pyfuse3.Operations):
 
     def _guarded_read(self, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         failure = self._failure
+        opcode, note = OPCODES["read"], kind.set
 
         async def read(handle: int, offset: int, size: int) -> Any:
+            note(opcode)
             try:
                 data = await handler(handle, offset, size)
                 if type(data) is not bytes:
@@ -173,7 +178,10 @@ class Guard(pyfuse3.Operations):
     def _guarded_write(self, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         failure = self._failure
 
+        opcode, note = OPCODES["write"], kind.set
+
         async def write(handle: int, offset: int, data: bytes) -> Any:
+            note(opcode)
             try:
                 count = await handler(handle, offset, data)
                 if type(count) is not int or not 0 <= count <= len(data):

@@ -21,6 +21,7 @@ import trio
 from udf import messages
 from udf.driver.fs import REQUIRED_VERBS, FsDriver, verbs_of
 from udf.driver.paths import PathOperations
+from udf.driver.progress import serve_on
 from udf.errors import ContractError, UserError
 from udf.host import libfuse_log
 from udf.host.guard import Guard
@@ -68,6 +69,7 @@ def run(control: socket.socket, link: int | None, packet: bytes, store_fds: list
     os.umask(0)
     try:
         # An existing descriptor as mountpoint: libfuse mounts nothing and takes no mount options.
+        serve_on(link)
         pyfuse3.init(Guard(operations, supervisor.report_fault), f"/dev/fd/{link}", set())
     except RuntimeError as exc:
         supervisor.send(messages.HostFailed(error=f"libfuse does not take the link: {exc}"))

@@ -36,6 +36,7 @@ BODY = IN_HEADER.size
 _U64 = Struct("=Q")
 _DIRENT = Struct("=QQII")
 _CHUNK = 64 * 1024
+_CHUNKS = 1000  # of the root's listing that are looked through for what was left
 
 
 class Hiding:
@@ -77,7 +78,7 @@ class Hiding:
         plus = s.terms.readdirplus and not s.terms.readdir
         names: list[bytes] = []
         offset = 0
-        while len(names) < 10_000:
+        for _ in range(_CHUNKS):
             op = Opcode.READDIRPLUS if plus else Opcode.READDIR
             error, chunk = yield Ask(op, ROOT, READ_IN.pack(handle, offset, _CHUNK, 0, 0, 0))
             before = offset

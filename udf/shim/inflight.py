@@ -15,7 +15,7 @@ INTERRUPT_UNIQUE = OWN_UNIQUE + 3  # drivers answer an INTERRUPT or not: what co
 class Pending:
     """A kernel request that was sent to the driver."""
 
-    __slots__ = ("before", "handle", "node_id", "op", "request", "sent", "slot", "version")
+    __slots__ = ("before", "began", "handle", "node_id", "op", "request", "sent", "slot", "version")
 
     def __init__(
         self, op: int, slot: int, node_id: int, request: bytes, sent: float, version: int, handle: object = None
@@ -24,7 +24,7 @@ class Pending:
         self.slot = slot
         self.node_id = node_id
         self.request = request  # as the kernel sent it, with its ids: what another generation can be sent again
-        self.sent = sent
+        self.sent = self.began = sent  # the first begins anew when the driver says that it gets on
         self.version = version  # of the node's attributes when this was sent
         self.before: bool | None = None  # SETXATTR to create, REMOVEXATTR: whether the attribute was there before
         self.handle = handle

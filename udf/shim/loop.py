@@ -56,6 +56,7 @@ class Loop:
         self._epoll = select.epoll()
         self._epoll.register(service.device, _IN)
         self._epoll.register(service.link.fd, _IN)
+        self._linked = True  # the link is in the set
         service.recovery.wants_quiet = self._be_quiet
         self._epoll.register(control.fd, _IN)
         self._wake, self._waker = os.pipe()
@@ -79,7 +80,8 @@ class Loop:
 
     def wants_writable(self, wanted: bool) -> None:
         """Have the link's queue flushed when the socket takes more."""
-        self._epoll.modify(self.s.link.fd, _IN | _OUT if wanted else _IN)
+        if self._linked:
+            self._epoll.modify(self.s.link.fd, _IN | _OUT if wanted else _IN)
 
     def run(self) -> None:
         """Serve. Raises SupervisorGone; returns when the mount is gone."""
@@ -150,6 +152,7 @@ class Loop:
     def _tick(self, now: float) -> None:
         s = self.s
         check_time(s, now)
+        self._let_go_of_refused()
         if s.link.incomplete and now >= s.link.partial_since + _BROKEN_AFTER:
             replies.give_up_broken(s, s.link)
         if s.tracer is not None and s.tracer.closed:
@@ -207,6 +210,7 @@ class Loop:
                 replies.on_message(s, link, size)
             elif size:
                 s.recovery.greeted(size)
+                self._let_go_of_refused()
         except LinkClosed as closed:
             self._lose_link(str(closed))
         except Exception:  # ours: whoever waits for this reply meets its deadline
@@ -215,11 +219,21 @@ class Loop:
     def _lose_link(self, reason: str) -> None:
         s = self.s
         if s.connected or s.recovery.greeting:
-            self._epoll.unregister(s.link.fd)
+            self._forget_link()
             if s.connected:
                 s.link_lost(reason)
             else:
                 s.recovery.refuse(f"the driver is gone before it answered INIT ({reason})")
+
+    def _forget_link(self) -> None:
+        if self._linked:
+            self._linked = False
+            self._epoll.unregister(self.s.link.fd)
+
+    def _let_go_of_refused(self) -> None:
+        """A driver that was refused says nothing more that matters, and its end would wake us again and again."""
+        if not self.s.connected and not self.s.recovery.greeting:
+            self._forget_link()
 
     def _from_supervisor(self) -> None:
         message, fds = self.control.receive()
@@ -248,6 +262,7 @@ class Loop:
         recovery.attach(fd, int(message["generation"]), bool(message.get("counted", True)))
         self.s.link.wants_writable = self.wants_writable
         self._epoll.register(self.s.link.fd, _IN)
+        self._linked = True
 
     def counters(self) -> dict[str, Any]:
         """Return the counters and the sizes of the tables."""

@@ -23,7 +23,7 @@ from udf.fuse.device import (
     notify_store,
 )
 from udf.fuse.flags import EntryExpire
-from udf.fuse.opcodes import Notify
+from udf.fuse.opcodes import STILL_WORKING, Notify
 from udf.fuse.structs import (
     NOTIFY_DELETE_OUT,
     NOTIFY_INVAL_ENTRY_OUT,
@@ -32,6 +32,7 @@ from udf.fuse.structs import (
     NOTIFY_RETRIEVE_OUT,
     NOTIFY_STORE_OUT,
 )
+from udf.shim.patience import still_working
 
 if TYPE_CHECKING:
     from udf.shim.service import Service
@@ -205,6 +206,13 @@ def _poll(s: Service, body: memoryview) -> Queued:
     return ("poll", kernel_handle), notify_poll(kernel_handle)
 
 
+def _still_working(s: Service, body: memoryview) -> Queued:
+    """Not the kernel's business: the driver works on requests of this opcode."""
+    _exactly(body, 4)
+    still_working(s, int.from_bytes(body, "little"))
+    return None
+
+
 _TRANSLATE: dict[int, Callable[[Service, memoryview], Queued]] = {
     Notify.POLL: _poll,
     Notify.INVAL_INODE: _inval_inode,
@@ -212,4 +220,5 @@ _TRANSLATE: dict[int, Callable[[Service, memoryview], Queued]] = {
     Notify.STORE: _store,
     Notify.RETRIEVE: _retrieve,
     Notify.DELETE: _delete,
+    STILL_WORKING: _still_working,
 }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from udf.shim.service import Service
 
 GRACE = 0.2  # seconds that an interrupted request still has when its caller is not dying
+_EXTENSIONS = 10  # deadlines that a request may take when its driver says that it gets on
 _LOOKS = 64  # callers looked at in one round
 _SIGKILL_BIT = 1 << 8
 _LATE_REQUEST = 9000  # bytes: two names of the greatest length and what is before them
@@ -107,6 +108,20 @@ def check_time(s: Service, now: float) -> None:
     if len(s.asks) > 4096:
         for unique in [unique for unique, asker in s.asks.items() if asker is None][:-1024]:
             del s.asks[unique]
+
+
+def still_working(s: Service, op: int) -> None:
+    """The driver gets on with requests of this opcode: their deadlines begin anew, up to a bound.
+
+    What takes several steps may wait for one of them with another opcode than its own, so it is given time as well.
+    """
+    now = monotonic()
+    most = _EXTENSIONS * s.config.deadline
+    for pending in s.waiting.values():
+        if pending.op == op:
+            pending.sent = max(pending.sent, min(now, pending.began + most))
+    for task in s.tasks.values():
+        task.asked = max(task.asked, min(now, task.began + most))
 
 
 def _free_dying(s: Service, before: float) -> None:

@@ -24,7 +24,7 @@ from udf.shim.contract import INIT_UNIQUE, ContractRefused, driver_init, lacks, 
 from udf.shim.inflight import Pending, Task
 from udf.shim.link import Link
 from udf.shim.looks import look_first
-from udf.shim.replay import REPLAY, Replay
+from udf.shim.replay import PURE, REPLAY, Replay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -330,6 +330,8 @@ class Recovery:
         unique = parked.unique
         self._known[unique] = parked
         replay = REPLAY[parked.op] if parked.sent else Replay.PURE
+        if parked.op not in PURE:
+            s.interrupted.pop(unique, None)  # from here on the driver's answer counts
         pending = parked.pending
         if replay is Replay.REFUSED:
             s.interrupted.pop(unique, None)
