@@ -55,6 +55,10 @@ def compare(daemon: Daemon, command: str, tmp_path: Path, work: Path) -> dict[st
         else:
             with direct_mount(words, source, tmp_path / "direct"):
                 results.append(tried(tmp_path / "direct"))
+    # fuse-overlayfs gives an open file that was removed a link too many; the shim keeps it under a name of its own and
+    # tells how many programs can see.
+    assert results[0]["unlinked files"][1] == 0
+    assert results[1].pop("unlinked files")[0] == results[0].pop("unlinked files")[0]
     assert results[0] == results[1]
     return dict(results[0])
 
@@ -201,6 +205,10 @@ def test_a_mount_without_a_daemon(tree: Path, tmp_path: Path, mountpoint: Path, 
     assert program.written(tmp_path / "work", "new") == b"from a supervisor of its own"
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/dev/fuse") or os.stat("/dev/fuse").st_mode & 0o006 != 0o006,
+    reason="/dev/fuse is root's alone here",
+)
 def test_programs_of_a_user_without_rights(as_nobody: Any, runtime_dir: Path, tree: Path) -> None:
     """No CAP_SYS_ADMIN, no root: libfuse 2 and 3 both come to their mount by the stand-in for fusermount."""
     need("bindfs", "squashfuse_ll", "fusermount3")
