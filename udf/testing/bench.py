@@ -1,8 +1,8 @@
 """One mount with a real shim and a real driver host, whose driver can be made to die over a certain request.
 
 Plays the supervisor: it starts shim and hosts as the supervisor does, keeps the state store, and after a death gives
-the shim the next generation. Unlike the supervisor it has the link pass through a relay, so that it sees each request, and
-it has the next process stand by all the time, because it knows that it will be needed.
+the shim the next generation. Unlike the supervisor it has the link pass through a relay, so that it sees each request,
+and it has the next process stand by all the time, because it knows that it will be needed.
 
 Owns: the processes of one mount and their end. Must never: touch the mount (the program does), or judge what is seen
 there (matrix.py does). Called by: matrix.py.

@@ -110,7 +110,7 @@ class CrashMatrix:
         async def main() -> Report:
             async with trio.open_nursery() as self._reaper, trio.open_nursery() as nursery:
                 self._registry = Registry(EventLog(), nursery, self._reaper, private_environment=True)
-                nursery.start_soon(spawn.new_zygote().run)
+                nursery.start_soon(spawn.new_zygote().run, self._reaper)
                 self._plain = Program()
                 try:
                     report = await work()

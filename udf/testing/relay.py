@@ -1,6 +1,7 @@
 """The crash matrix's own piece of the link: every packet between a shim and one generation of a driver passes here.
 
-Owns: both ends that are not the shim's and the driver's. What happens at a step, the watcher decides. Like the kernel it passes on what the driver said before it died, except the reply that is to be lost.
+Owns: both ends that are not the shim's and the driver's. What happens at a step, the watcher decides. Like the kernel
+it passes on what the driver said before it died, except the reply that is to be lost.
 Must never: change, reorder or invent a packet. Called by: bench.py.
 """
 
