@@ -303,8 +303,7 @@ class _Watch:
         self._lost = 0  # unique of the request whose reply is to be lost
         self._tracer: Tracer | None = None
         self._trace_over = trio.Event()
-        self._replies = 0
-        self._began: dict[int, tuple[int, int]] = {}  # unique -> index of its step, points until then
+        self._began: dict[int, int] = {}  # unique -> index of its step
 
     def record(self, section: str, record: Record) -> None:
         self._section, self._number, self._record, self._target = section, 0, record, None
@@ -321,7 +320,6 @@ class _Watch:
         over = self._trace_over = trio.Event()
         done: Callable[[], None] = lambda: _ring(token, over)  # noqa: E731 - the thread's word to the loop
         tracer = self._tracer = Tracer(self._bench.driver_pid, self.link, done)
-        self._replies = 0
         if not tracer.start():
             raise BenchFailedError(f"the driver cannot be traced: {tracer.error}")
 
@@ -342,7 +340,7 @@ class _Watch:
         self._number += 1
         if self._record is not None:
             tracer = self._tracer
-            self._began[unique] = (len(self._record.steps), tracer.count if tracer else 0)
+            self._began[unique] = len(self._record.steps)
             self._record.steps.append(Step(self._section, self._number, opcode, self.operation))
             if tracer:
                 tracer.begin()
@@ -358,7 +356,7 @@ class _Watch:
             await self.trace()
             self.killed = True
             assert self._tracer is not None
-            self._tracer.kill_at(target.point)
+            self._tracer.kill_at(target.point, unique)
             return True
         self.killed = True
         if target.place is Place.BEFORE:
@@ -369,20 +367,18 @@ class _Watch:
         return True
 
     async def on_reply(self, unique: int, error: int) -> bool:
-        self._replies += 1
         if unique and unique == self._lost:
             self._lost = 0
             self.hit = True
             self._bench.kill()
             return False
         if self._record is not None and unique in self._began:
-            index, before = self._began.pop(unique)
+            index = self._began.pop(unique)
             step = self._record.steps[index]
             if error == -_ENOSYS:
                 self._record.unsupported.add(step.opcode)
-            if self._tracer is not None and self._replies <= len(self._tracer.at_reply):
-                points = self._tracer.at_reply[self._replies - 1] - before
-                self._record.steps[index] = replace(step, points=points)
+            if self._tracer is not None:
+                self._record.steps[index] = replace(step, points=self._tracer.points.pop(unique, 0))
         return True
 
 

@@ -358,9 +358,11 @@ def _targets(steps: Iterable[Step], *, full: bool, cold: bool = False) -> Iterab
         for place in _places():
             if place is not Place.HALF:
                 yield Target(step, place, cold=cold)
-            else:
-                for point in step.all_points(MOST_POINTS) if full else [step.middle()]:
+            elif full:
+                for point in step.all_points(MOST_POINTS):
                     yield Target(step, place, point, cold)
+            elif step.points:  # what changes nothing has no middle
+                yield Target(step, place, step.middle(), cold)
 
 
 def _find(address: Address, steps: Iterable[Step], cold: Iterable[Step]) -> Target:

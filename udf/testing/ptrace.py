@@ -72,12 +72,12 @@ def go_on(tid: int, number: int = 0) -> None:
     _ptrace(_SYSCALL, tid, None, number)
 
 
-def entered(tid: int) -> Call | None:
-    """The system call at whose entry it has stopped; None: it has stopped elsewhere."""
+def entered(tid: int) -> Call | int:
+    """The system call at whose entry it has stopped, or, at the exit of one, what that returned."""
     buffer = ctypes.create_string_buffer(_INFO.size)
     _ptrace(_GET_SYSCALL_INFO, tid, _INFO.size, ctypes.addressof(buffer))
     op, _, _, number, *args = _INFO.unpack(buffer.raw)
-    return Call(number, tuple(args)) if op == _ENTRY else None
+    return Call(number, tuple(args)) if op == _ENTRY else _signed(number)
 
 
 def fault_address(tid: int) -> int:
@@ -135,4 +135,8 @@ def call(tid: int, at: int, number: int, *args: int) -> int:
     _set_registers(tid, before)
     if stopped != signal.SIGTRAP:
         raise OSError(f"thread {tid} got signal {stopped} in a system call made in its name")
-    return result - (1 << 64) if result >> 63 else result
+    return _signed(result)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -48,10 +48,8 @@ class Step:
         return self.points // 2 + 1 if self.points > 1 else self.points + 1
 
     def all_points(self, most: int) -> list[int]:
-        """The points that are neither the beginning nor the reply, at most so many, evenly spread."""
-        inner = range(2, self.points + 1)
-        if not inner:
-            return [self.middle()]
+        """Every point but the first, at which nothing is done yet: at most so many, evenly spread, the reply as one."""
+        inner = range(2, self.points + 2) if self.points else [1]
         if len(inner) <= most:
             return list(inner)
         return sorted({inner[index * (len(inner) - 1) // (most - 1)] for index in range(most)})

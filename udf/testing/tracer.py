@@ -44,6 +44,8 @@ _CHANGE = frozenset(
 )  # fmt: skip
 _WRITES = frozenset({1, 18, 20, 296, 328, 40})  # write pwrite64 writev pwritev pwritev2 sendfile: where it is a file
 _SENDS = frozenset({1, 20, 44, 46})  # write writev sendto sendmsg: where it is the link
+_GETS = frozenset({0, 19, 45, 47})  # read readv recvfrom recvmsg: there too
+_IN_PIECES, _BY_HEADER = (19, 20), (46, 47)
 _OPEN, _OPENAT, _MADVISE = 2, 257, 28
 
 
@@ -52,15 +54,18 @@ class Tracer:
 
     def __init__(self, pid: int, link: int, done: Callable[[], object]) -> None:
         """`link`: the inode number of the driver's end of the link."""
-        self.count = 0  # points since the start
-        self.at_reply: list[int] = []  # the count at each message over the link
+        self.points: dict[int, int] = {}  # of each request that was answered, by its number
         self.killed = False
         self.error = ""  # why it could not go on
         self._pid = pid
         self._link = link
         self._done = done
-        self._stop_at: int | None = None
-        self._stop_at_reply = False
+        self._counts: dict[int, int] = {}  # of those that are not answered yet
+        self._target = 0  # number of the request over which it is to die
+        self._stop_at = 0
+        self._reads: dict[int, int] = {}  # thread -> where it gets its next request
+        self._works_on: dict[int, int] = {}  # thread -> the request that it got last
+        self._last = 0  # the request that any of them got last
         self._fresh = False  # pages are to be counted anew
         self._ready = threading.Event()
         self._gadget = 0
@@ -81,10 +86,9 @@ class Tracer:
         """A request is about to be passed on: the stores into each page are counted anew."""
         self._fresh = True
 
-    def kill_at(self, point: int) -> None:
-        """End the driver before its point of that number, counted from now on (1), or at a reply before it."""
-        self._stop_at = self.count + point
-        self._stop_at_reply = True
+    def kill_at(self, point: int, unique: int) -> None:
+        """End the driver before that point of this request, which it has not got yet, or else at the reply to it."""
+        self._target, self._stop_at = unique, point
 
     def join(self) -> None:
         """Wait for the end; the driver's comes first."""
@@ -150,16 +154,14 @@ class Tracer:
         passed = 0
         if number == ptrace.SYSCALL_STOP:
             call = ptrace.entered(tid)
-            if call is None:
-                if self._fresh:
-                    self._count_anew(tid)
+            if isinstance(call, int):
+                self._returned(tid, call)
             elif call.number in _SENDS and self._is_link(call.args[0]):
-                self.at_reply.append(self.count)
-                if self._stop_at_reply:
-                    self._kill()
-                    return
+                self._answers(self._word(self._message(call) + 8))
+            elif call.number in _GETS and self._is_link(call.args[0]):
+                self._reads[tid] = self._message(call)
             elif self._changes(call):
-                self._point()
+                self._point(tid)
         elif status >> 16:
             pass  # a new thread, or the stop that it begins with
         elif number == signal.SIGSEGV and self._is_ours(address := ptrace.fault_address(tid)):
@@ -169,9 +171,30 @@ class Tracer:
         if not self.killed:
             ptrace.go_on(tid, passed)
 
-    def _point(self) -> None:
-        self.count += 1
-        if self.count == self._stop_at:
+    def _returned(self, tid: int, result: int) -> None:
+        """A system call has returned: it may have got a request."""
+        at = self._reads.pop(tid, 0)
+        if at and result > 0:
+            # A FORGET has the number 0, and what is done for it is nobody's.
+            self._last = self._works_on[tid] = self._word(at + 8)
+            self._counts[self._last] = 0
+        if self._fresh:
+            self._count_anew(tid)
+
+    def _answers(self, unique: int) -> None:
+        """A reply is about to be sent."""
+        if unique:
+            self.points[unique] = self._counts.pop(unique, 0)
+            if unique == self._target:
+                self._kill()
+
+    def _point(self, tid: int) -> None:
+        # Work that is passed on to another thread is the last request's, as far as anybody can tell.
+        unique = self._works_on.get(tid, self._last)
+        if unique not in self._counts:
+            return  # it is answered already: what is done now is done for none
+        self._counts[unique] += 1
+        if unique == self._target and self._counts[unique] == self._stop_at:
             self._kill()
 
     def _kill(self) -> None:
@@ -191,7 +214,7 @@ class Tracer:
     def _store(self, tid: int, address: int) -> None:
         page = address & -_PAGE
         self._stores[page] = self._stores.get(page, 0) + 1
-        self._point()
+        self._point(tid)
         if self.killed:
             return
         open_now = [page]
@@ -222,6 +245,20 @@ class Tracer:
 
     def _is_link(self, fd: int) -> bool:
         return self._stat(fd).st_ino == self._link
+
+    def _message(self, call: ptrace.Call) -> int:
+        """Where in the driver's memory the message begins that it sends or gets."""
+        number, args = call
+        at = args[1]
+        if number in _BY_HEADER:
+            at = self._word(at + 16)  # msg_iov
+        if number in _BY_HEADER or number in _IN_PIECES:
+            at = self._word(at)  # of the first piece, in which the header is
+        return at
+
+    def _word(self, address: int) -> int:
+        with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
+            return int.from_bytes(os.pread(memory.fileno(), 8, address), "little")
 
     def _stat(self, fd: int) -> os.stat_result:
         return os.stat(f"/proc/{self._pid}/fd/{fd & 0xFFFFFFFF}")
