@@ -335,6 +335,8 @@ class _Watch:
             self._tracer = None
 
     async def on_request(self, opcode: int, unique: int) -> bool:
+        if self.killed:
+            return False  # what comes behind the driver's last request is its successor's, in each run
         if opcode in NOT_STEPS or (self._record is None and self._target is None):
             return True
         self._number += 1

@@ -138,8 +138,7 @@ class CrashMatrix:
             report.places = [str(place) for place in _places()]
         else:
             targets = [_find(address, steps, cold) for address in addresses]
-        report.steps = len(steps) + len(cold)
-        report.requests = {step.name for step in (*steps, *cold)}
+        report.steps = [*steps, *cold]
         warm = [target for target in targets if not target.cold]
         shares = [warm[index :: self._jobs] for index in range(self._jobs)]
         async with trio.open_nursery() as nursery:
@@ -148,6 +147,8 @@ class CrashMatrix:
         for target in targets:
             if target.cold:
                 await self._try_alone(target, report, "")
+        order = {str(target): index for index, target in enumerate(targets)}
+        report.failures.sort(key=lambda failure: order.get(failure.death, -1))
         if report.tried and report.unreached > max(1, report.tried * _FEW):
             report.add(Failure("the whole", "", "", f"{report.unreached} of {report.tried} deaths found no such step"))
         return report
@@ -225,7 +226,7 @@ class CrashMatrix:
     async def _make_model(self) -> None:
         assert self._plain is not None
         base = self._directory / "model"
-        base.mkdir(exist_ok=True)
+        base.mkdir(parents=True, exist_ok=True)
         for section in self._sections.values():
             place = base / f"{section.name}-{self._mounts}"
             place.mkdir()

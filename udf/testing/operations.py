@@ -204,6 +204,23 @@ def copy_range(source: str, target: str, size: int, offset: int, to: int) -> int
     return os.copy_file_range(_fd(source), _fd(target), size, offset, to)
 
 
+def poll(handle: str, events: int) -> int:
+    """poll(2) that does not wait."""
+    import select
+
+    waiting = select.poll()
+    waiting.register(_fd(handle), events)
+    return sum(found for _, found in waiting.poll(0))
+
+
+def has_birth_time(name: str) -> bool:
+    """statx(2): whether it tells when a file was made."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(_AT_FDCWD, os.fsencode(_path(name)), 0x100, 0x800, buffer):
+        raise OSError(ctypes.get_errno(), "statx")
+    return bool(int.from_bytes(buffer.raw[:4], "little") & 0x800)
+
+
 def fsync(handle: str) -> None:
     """fsync(2), of a file or a directory."""
     os.fsync(_fd(handle))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from udf.testing.steps import Step
+
 _SHOWN = 40
 
 
@@ -31,24 +33,28 @@ class Report:
     """All that was tried, and what failed. It is true when nothing failed."""
 
     driver: str
-    steps: int = 0
+    steps: list[Step] = field(default_factory=list)
     tried: int = 0  # deaths
     unreached: int = 0  # of them: the request did not come as it was numbered
     missing: list[str] = field(default_factory=list)  # which
     places: list[str] = field(default_factory=list)
-    requests: set[str] = field(default_factory=set)  # names of the requests over which the driver died
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, failure: Failure) -> None:
         """Note a failure."""
         self.failures.append(failure)
 
+    @property
+    def requests(self) -> set[str]:
+        """The names of the requests over which the driver died."""
+        return {step.name for step in self.steps}
+
     def __bool__(self) -> bool:
         return not self.failures
 
     def __str__(self) -> str:
         lines = [
-            f"{self.driver}: {self.steps} steps ({', '.join(self.places)}), {self.tried} deaths,"
+            f"{self.driver}: {len(self.steps)} steps ({', '.join(self.places)}), {self.tried} deaths,"
             f" {self.unreached} without their step, {len(self.failures)} failures"
         ]
         lines += [f"  {failure}" for failure in self.failures[:_SHOWN]]

@@ -8,6 +8,7 @@ Called by: matrix.py; authors make sections of their own.
 from __future__ import annotations
 
 import os
+import select
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -267,6 +268,16 @@ STANDARD: tuple[Section, ...] = (
         ("mkdir", "d"),
         ("setxattr", "d", "user.dir", b""),
         ("listxattr", "d"),
+    ),
+    section(
+        "rare",
+        ("open", "", _BOTH | os.O_TMPFILE, "nameless"),
+        ("create", "p", 0, 0o644, "p"),
+        ("poll", "p", select.POLLIN | select.POLLOUT),
+        ("has_birth_time", "p"),
+        ("append", "p", b"1"),
+        ("close", "p"),
+        portable=False,  # a file without a name, and a birth time, are not everybody's
     ),
     section(
         "space",
