@@ -646,3 +646,37 @@ def test_look_ups_balance_after_many_generations():
         mount.driver.wait_until(lambda: mount.tree.lookups() == 0)
         assert mount.counters()["driver_lookups"] == mount.tree.lookups()
         assert not mount.tree.unknown_forgets
+
+
+def test_what_a_look_has_counted_is_given_back_before_the_file_can_lose_its_name():
+    """The FORGET used to follow the RMDIR: a driver that counts its own lookups dropped a directory that was open."""
+    with recovering(stable_nodes=True) as mount:
+        tree = mount.tree
+        fd = mount.do("open", "empty", os.O_RDONLY | os.O_DIRECTORY)
+        mount.counters()
+        mount.driver.die_in(Opcode.RMDIR, after=False)
+        mount.usual.start("rmdir", mount.path("empty"))
+        mount.wait_lost()
+        mount.next_driver(lambda driver: driver.take_tree(tree))
+        mount.usual.wait()
+        asked = [request.op for request in mount.driver.log]
+        between = asked[asked.index(Opcode.LOOKUP) + 1 : asked.index(Opcode.RMDIR)]
+        assert {Opcode.FORGET, Opcode.BATCH_FORGET} & set(between)
+        mount.usual.do("close", fd)
+
+
+# ---- directories without a name
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_directory_that_was_removed_while_open_is_still_known_to_who_has_it_open(after):
+    """fstat(2) used to fail with ESTALE once the driver had died, because no name leads to such a directory."""
+    with recovering() as mount:
+        fd = mount.do("open", "empty", os.O_RDONLY | os.O_DIRECTORY)
+        does_while_drivers_die(mount, Opcode.RMDIR, after, "rmdir", "empty")
+        for _ in range(2):
+            there = mount.usual.do("fstat", fd)
+            assert (stat.S_ISDIR(there["st_mode"]), there["st_nlink"]) == (True, 0)
+            mount.lose_driver()
+            mount.next_driver()
+        mount.usual.do("close", fd)

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.host": ("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
     "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
     "udf.supervisor": ("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
+    "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
     "udf.__main__": ("udf.cli",),
@@ -31,6 +32,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "udf.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.fuse": ("trio", "pyfuse3", "msgspec"),
     "udf.cli": ("pyfuse3",),
+    "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
     "udf.doctor": ("trio", "pyfuse3"),
 }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import ENTRY_OUT, IN_HEADER, OPEN_IN, OPEN_OUT
 from udf.shim.inflight import Ask, Pending, Steps
+from udf.shim.link import LinkClosed
 from udf.shim.resolve import forget_look, look, resolve
 from udf.shim.tasks import STRIPPED, caller
 
@@ -38,6 +39,12 @@ def look_first(s: Service, unique: int, pending: Pending) -> Steps:
     """Find out whether a `ONCE` request was carried out: answer it then, else send it again."""
     body: bytes | None = yield from _LOOKS[pending.op](s, pending)
     if body is None:
+        # What the look has cost is given back before a request that may take the last name away: a driver that counts
+        # the lookups of its own process only would else drop a file that is still open (stable node ids).
+        try:
+            s.link.send_forgets(s.nodes.forgets)
+        except LinkClosed:
+            s.nodes.forgets.clear()  # what comes next finds the link closed too
         s.again(unique, pending.node_id, pending.request)
     elif s.tasks.pop(unique, None) is not None:
         s.counters.rebuilt += 1

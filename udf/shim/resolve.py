@@ -11,9 +11,10 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
-from udf.fuse.structs import ENTRY_OUT
+from udf.fuse.structs import ENTRY_OUT, IN_HEADER
 from udf.shim.graph import ROOT
 from udf.shim.inflight import Ask, Refuse, Steps
+from udf.shim.stale import answer_stale, removed_directory
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -91,5 +92,10 @@ def forget_look(s: Service, failed: int, entry: bytes) -> None:
 
 def resolve_then_again(s: Service, unique: int, node_id: int, request: bytes, slot: int) -> Steps:
     """Have the driver know *slot*, then go on with the request."""
-    yield from resolve(s, slot)
-    s.again(unique, node_id, request)
+    body = removed_directory(s, slot) if IN_HEADER.unpack_from(request)[1] == Opcode.GETATTR else None
+    if body is None:
+        yield from resolve(s, slot)
+        s.again(unique, node_id, request)
+    elif s.tasks.pop(unique, None) is not None:
+        s.interrupted.pop(unique, None)
+        answer_stale(s, unique, body)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from udf.shim.service import Service
 
 _ATTR_HEAD = Struct("=QI4x")
+_U32 = Struct("=I")
+_NLINK_AT = ATTR_OUT.offset("attr.nlink")
 _LISTED = (b"system.posix_acl_access", b"system.posix_acl_default", b"security.selinux")  # what ls -l asks for
 
 
@@ -38,6 +40,19 @@ def stale_attributes(s: Service, slot: int) -> bytes | None:
 def is_unchanged(s: Service, slot: int) -> bool:
     """Whether nothing is known to have changed since the attributes of *slot* came; only their time may be over."""
     return s.nodes.attr_until[slot] > 0.0 and s.nodes.mode(slot) != 0
+
+
+def removed_directory(s: Service, slot: int) -> bytes | None:
+    """Return the ATTR_OUT of a directory that was removed while somebody had it open; None if *slot* is no such node.
+
+    No generation after that can find it, the kernel lets nothing be made in it, and who has it open may ask what it is.
+    """
+    nodes = s.nodes
+    if nodes.mode(slot) & 0o170000 != 0o040000 or nodes.links_of(slot) or slot == ROOT:
+        return None
+    body = bytearray(_ATTR_HEAD.pack(0, 0) + nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
+    _U32.pack_into(body, _NLINK_AT, 0)
+    return bytes(body)
 
 
 def answer_stale(s: Service, unique: int, body: bytes | None) -> bool:

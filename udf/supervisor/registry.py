@@ -94,7 +94,7 @@ class Registry:
         own = sum(mount.plan.owner.uid == caller.uid for mount in self._mounts.values())
         if own >= MAX_MOUNTS_OF_OTHERS and not rights.is_trusted(caller):
             raise UserError(f"you have {own} mounts, which is the most for one user: unmount some")
-        plan = await self._plan(request, caller)
+        plan = await self.plan(request, caller)
         # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
         plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
         self._reserve(plan)
@@ -145,7 +145,8 @@ class Registry:
             del self._points[plan.mountpoint]
             lock.release()
 
-    async def _plan(self, request: MountRequest, caller: Identity) -> MountPlan:
+    async def plan(self, request: MountRequest, caller: Identity) -> MountPlan:
+        """Check a request; its plan, which has no name yet. Nothing is taken or started."""
         _check_request(request)
         rights.check_driver(caller, request.driver)
         asked = request.options or {}
