@@ -5,11 +5,16 @@ UDF_CRASH_FULL=1 tries every point of the work instead of the middle; UDF_CRASH=
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.t3_shim.supervising import can_mount
+from tests.t5_cli.test_readme import FILES
 from udf.errors import UserError
 from udf.fuse.opcodes import UNANSWERED, Opcode
 from udf.shim.requests import HANDLERS
@@ -32,11 +37,11 @@ EXCEPTIONS = {
     Opcode.SYNCFS: "the kernel does not send it on such mounts",
     Opcode.DESTROY: "has no answer, like the end of a mount",
 }
-SMALL = (
-    section("write", ("put", "a", b"one"), ("put", "a", b"two"), ("get", "a")),
-    section("rename", ("put", "a", b"one"), ("rename", "a", "b"), ("get", "b")),
-    section("mode", ("put", "a", b"one"), ("chmod", "a", 0o600), ("stat", "a")),
-)
+SMALL = {
+    "early": section("write", ("put", "a", b"one"), ("put", "a", b"two"), ("get", "a")),
+    "copies": section("rename", ("put", "a", b"one"), ("rename", "a", "b"), ("get", "b")),
+    "forgets": section("mode", ("put", "a", b"one"), ("chmod", "a", 0o600), ("stat", "a")),
+}
 
 
 @pytest.mark.parametrize("driver", ["memfs", "passthrough"])
@@ -54,8 +59,9 @@ def test_no_program_notices_the_death_of_a_driver(driver, tmp_path):
     assert {"CREATE", "MKDIR", "RENAME", "UNLINK", "WRITE", "SETATTR"} <= changes
 
 
-def planted(directory: Path, bug: str, **options) -> CrashMatrix:
-    return CrashMatrix(PLANTED, directory=directory, options={"bug": bug}, sections=SMALL, **options)
+def planted(directory: Path, bug: str) -> CrashMatrix:
+    sections = [SMALL[bug]] if bug in SMALL else list(SMALL.values())
+    return CrashMatrix(PLANTED, directory=directory, options={"bug": bug}, sections=sections)
 
 
 def test_a_driver_without_a_mistake_passes(tmp_path):
@@ -103,12 +109,27 @@ def test_a_failure_is_found_again_by_its_name(tmp_path, monkeypatch):
 
 def test_a_driver_that_does_not_start_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="there is no driver"):
-        CrashMatrix("nonesuch", directory=tmp_path, sections=SMALL).run()
+        CrashMatrix("nonesuch", directory=tmp_path, sections=STANDARD[:1]).run()
 
 
 def test_a_step_that_is_not_there_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no step write:999"):
         planted(tmp_path, "none").run_one("write:999", "after")
+
+
+def test_the_example_in_the_readme_works_as_it_stands(tmp_path):
+    for name, text in FILES:
+        (tmp_path / name).write_text(text)
+    test = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_notes.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert test.returncode == 0, test.stdout + test.stderr
+    assert "1 passed" in test.stdout
 
 
 # ---- the parts

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 
 import trio
 
@@ -31,16 +30,11 @@ from udf.supervisor.recovery import LINK_GRACE, stop_grace
 from udf.supervisor.shim import Listeners, Shim
 from udf.testing.program import Program
 from udf.testing.relay import Relay
-from udf.testing.steps import NOT_STEPS, Place, Record, Step, Target
-from udf.testing.tracer import Tracer
+from udf.testing.steps import Record, Target
+from udf.testing.watch import BenchFailedError, Watch
 
 _MOST_DEATHS = 3  # of the driver's own making, one after the other: then the mount is given up
 _END = 5.0  # seconds for the shim to end
-_ENOSYS = 38
-
-
-class BenchFailedError(Exception):
-    """The mount does not go on; one sentence."""
 
 
 class Bench:
@@ -61,7 +55,7 @@ class Bench:
         self._next: Generation | None = None
         self._number = 0  # of the generation
         self._failed = ""  # why the mount does not go on
-        self._watch = _Watch(self)
+        self._watch = Watch(self)
         self._counted = 0  # deaths of the driver's own making since the last operation that came back
         self._is_ending = False
 
@@ -72,6 +66,11 @@ class Bench:
         answer = await self.program.do(call, *args)
         self._counted = 0
         return answer
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether it does so already."""
+        return self._watch.is_traced
 
     async def trace(self) -> None:
         """Count the points of each step from now on, until the mount's end."""
@@ -92,6 +91,17 @@ class Bench:
     def at(self, operation: int) -> None:
         """This operation of the section is about to be done."""
         self._watch.operation = operation
+
+    async def quiet(self) -> None:
+        """Wait until the driver is asked nothing: what came before, and what the shim asks at its start, is over."""
+        watch = self._watch
+        while True:
+            seen = watch.seen
+            for _ in range(2):  # what it had received before the first question is dealt with before the second
+                await self._shim.counters()
+            await self.settle()
+            if watch.seen == seen and not watch.waiting:
+                return
 
     async def settle(self) -> None:
         """Have the relay take what the shim has sent it by now."""
@@ -157,6 +167,7 @@ class Bench:
         """Have it serve over a link through the relay; the shim's end of that."""
         shim_end, relay_shim = spawn.link_pair()
         relay_driver, driver_end = spawn.link_pair()
+        self._watch.waiting.clear()
         with driver_end:
             self._watch.link = os.fstat(driver_end.fileno()).st_ino
             await generation.serve(driver_end.fileno(), self._store)
@@ -285,108 +296,6 @@ class Bench:
                 if shim.busy > before:
                     await trio.sleep(0.01)
         return shim.unmounted
-
-
-class _Watch:
-    """What happens at each request: nothing, a note, or the driver's death."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.operation = 0
-        self.killed = False  # by us, and not replaced yet
-        self.hit = False
-        self.link = 0  # inode of the driver's end of the present link
-        self._bench = bench
-        self._record: Record | None = None
-        self._section = ""
-        self._target: Target | None = None
-        self._number = 0
-        self._lost = 0  # unique of the request whose reply is to be lost
-        self._tracer: Tracer | None = None
-        self._trace_over = trio.Event()
-        self._began: dict[int, int] = {}  # unique -> index of its step
-
-    def record(self, section: str, record: Record) -> None:
-        self._section, self._number, self._record, self._target = section, 0, record, None
-        self._began.clear()
-
-    def aim(self, target: Target) -> None:
-        self._target, self._number, self._record, self.hit, self.operation = target, 0, None, False, 0
-
-    def rest(self) -> None:
-        self._target = self._record = None
-
-    async def trace(self) -> None:
-        token = trio.lowlevel.current_trio_token()
-        over = self._trace_over = trio.Event()
-        done: Callable[[], None] = lambda: _ring(token, over)  # noqa: E731 - the thread's word to the loop
-        tracer = self._tracer = Tracer(self._bench.driver_pid, self.link, done)
-        if not tracer.start():
-            raise BenchFailedError(f"the driver cannot be traced: {tracer.error}")
-
-    async def traced(self) -> None:
-        """Wait until nothing is traced any more: a dead driver is reaped by who traces it first."""
-        if self._tracer is not None:
-            await self._trace_over.wait()
-            self._tracer.join()
-            if self._tracer.killed:
-                self.hit = True
-            elif self._tracer.error:
-                self._bench.remarks.append(f"the driver could not be traced: {self._tracer.error}")
-            self._tracer = None
-
-    async def on_request(self, opcode: int, unique: int) -> bool:
-        if self.killed:
-            return False  # what comes behind the driver's last request is its successor's, in each run
-        if opcode in NOT_STEPS or (self._record is None and self._target is None):
-            return True
-        self._number += 1
-        if self._record is not None:
-            tracer = self._tracer
-            self._began[unique] = len(self._record.steps)
-            self._record.steps.append(Step(self._section, self._number, opcode, self.operation))
-            if tracer:
-                tracer.begin()
-        elif self._target is not None and self._number == self._target.step.number:
-            return await self._strike(self._target, opcode, unique)
-        return True
-
-    async def _strike(self, target: Target, opcode: int, unique: int) -> bool:
-        self._target = None
-        if opcode != target.step.opcode:
-            return True  # not the step that was numbered; `hit` tells
-        if target.place is Place.HALF:
-            await self.trace()
-            self.killed = True
-            assert self._tracer is not None
-            self._tracer.kill_at(target.point, unique)
-            return True
-        self.killed = True
-        if target.place is Place.BEFORE:
-            self.hit = True
-            self._bench.kill()
-            return False
-        self._lost = unique
-        return True
-
-    async def on_reply(self, unique: int, error: int) -> bool:
-        if unique and unique == self._lost:
-            self._lost = 0
-            self.hit = True
-            self._bench.kill()
-            return False
-        if self._record is not None and unique in self._began:
-            index = self._began.pop(unique)
-            step = self._record.steps[index]
-            if error == -_ENOSYS:
-                self._record.unsupported.add(step.opcode)
-            if self._tracer is not None:
-                self._record.steps[index] = replace(step, points=self._tracer.points.pop(unique, 0))
-        return True
-
-
-def _ring(token: trio.lowlevel.TrioToken, event: trio.Event) -> None:
-    with suppress(trio.RunFinishedError):
-        token.run_sync_soon(event.set)
 
 
 @asynccontextmanager

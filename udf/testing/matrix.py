@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,17 @@ from udf.supervisor import catalog, spawn
 from udf.supervisor.instance import EventLog
 from udf.supervisor.plan import MountPlan
 from udf.supervisor.registry import MountRequest, Registry
-from udf.testing import ptrace
-from udf.testing.bench import Bench, BenchFailedError, mounted
-from udf.testing.outcome import Outcome, describe, differences
+from udf.testing.bench import Bench, mounted
+from udf.testing.outcome import Outcome, differences
 from udf.testing.program import NoAnswerError, Program
 from udf.testing.report import Failure, Report
-from udf.testing.steps import Address, Place, Record, Step, Target, name_of
+from udf.testing.steps import Address, Place, Record, Step, Target
+from udf.testing.targets import describe_target, find, places, targets_of, without_barrier
+from udf.testing.watch import BenchFailedError
 from udf.testing.workload import STANDARD, Section
 
 ONE = "UDF_CRASH"  # environment: only this death, as a report names it
-FULL = "UDF_CRASH_FULL"  # environment: not only the middle of each work, but every point of it, as far as `MOST_POINTS`
-MOST_POINTS = 16
+FULL = "UDF_CRASH_FULL"  # environment: not only the middle of each work, but all of it, as far as `MOST_POINTS`
 _FEW = 0.2  # of the deaths may be without the request that was numbered, because a cache of the kernel answered
 _SETTLE = 5.0  # seconds for what is done after the last close: files that were kept for who had them open
 
@@ -57,6 +57,7 @@ class CrashMatrix:
         source: MakeSource | None = None,
         options: Mapping[str, str] | None = None,
         mirrors: bool = False,
+        flat: bool = False,
         sections: Sequence[Section] = STANDARD,
         jobs: int = 2,
     ) -> None:
@@ -66,7 +67,8 @@ class CrashMatrix:
         `directory`: an empty one for mountpoints and sources. `source`: makes the source of one mount in the
         folder that it is given, and returns it; a driver whose source is a directory gets an empty one by itself.
         `options`: as after `udf mount -o`. `mirrors`: the source is a directory that must look as the mount does,
-        with nothing more in it. `jobs`: so many mounts at a time.
+        with nothing more in it. `flat`: the driver makes no directories, so each section is done at the root, on a
+        mount of its own. `jobs`: so many mounts at a time.
         """
         self._driver = None if driver is None else os.fspath(driver)
         self._command = command
@@ -76,6 +78,7 @@ class CrashMatrix:
         self._source = source
         self._options = dict(options or {})
         self._mirrors = mirrors
+        self._flat = flat
         self._sections = {section.name: section for section in sections}
         if len(self._sections) != len(sections):
             raise UserError("two sections have the same name: rename one")
@@ -134,10 +137,10 @@ class CrashMatrix:
         if report.failures:
             return report
         if addresses is None:
-            targets = [*_targets(steps, full=full), *(_targets(cold, full=full, cold=True))]
-            report.places = [str(place) for place in _places()]
+            targets = [*targets_of(steps, full=full), *(targets_of(cold, full=full, cold=True))]
+            report.places = [str(place) for place in places()]
         else:
-            targets = [_find(address, steps, cold) for address in addresses]
+            targets = [find(address, steps, cold) for address in addresses]
         report.steps = [*steps, *cold]
         warm = [target for target in targets if not target.cold]
         shares = [warm[index :: self._jobs] for index in range(self._jobs)]
@@ -155,8 +158,12 @@ class CrashMatrix:
 
     async def _try_share(self, targets: list[Target], report: Report) -> None:
         """Try these on one mount, and go on with a new one whenever one has failed."""
+        if self._flat:
+            for each in targets:
+                await self._try_alone(each, report, "")
+            return
         pending = iter(targets)
-        target = next(pending, None)
+        target: Target | None = next(pending, None)
         while target is not None:
             async with self._mount() as bench:
                 await self._warm_up(bench)
@@ -181,10 +188,8 @@ class CrashMatrix:
         problems = None
         for _ in range(2):
             async with self._mount() as bench:
-                if target.cold:
-                    await self._warm_up(bench, until=target.step.section)
-                else:
-                    await self._warm_up(bench)
+                if not self._flat:
+                    await self._warm_up(bench, until=target.step.section if target.cold else "")
                 problems = await self._try(bench, target)
             if problems is not None:
                 break
@@ -234,34 +239,42 @@ class CrashMatrix:
             results = [await self._plain.do(call, *args) for call, args in section.operations]
             _, tree = await self._plain.do("tree")
             self._model[section.name] = Outcome(results, tree)
+            if self._flat:
+                self._model[section.name].forget_root()
             await self._plain.do("begin", "/")
 
     async def _number(self, report: Report) -> tuple[list[Step], list[Step]]:
         """Number the steps on an undisturbed mount, and compare with the model. Steps that come only once apart."""
         steps: list[Step] = []
         cold: list[Step] = []
+        if self._flat:
+            for section in self._sections.values():
+                async with self._mount() as bench:
+                    steps += await self._number_section(bench, section, report)
+            return steps, cold
         async with self._mount() as bench:
             lacking: set[int] = set()
             for section in self._sections.values():
                 record = Record()
                 first = await self._do(bench, section, partial(bench.record, section.name, record))
-                for step in _without_barrier(record, section):
+                for step in without_barrier(record, section):
                     if step.opcode in record.unsupported - lacking:
                         lacking.add(step.opcode)
                         cold.append(step)
                 self._compare_with_model(section, first, report)
-            if Place.HALF in _places():
-                await bench.trace()
             for section in self._sections.values():
-                record = Record()
-                arm = partial(bench.record, section.name, record)
-                self._normal[section.name] = await self._do(bench, section, arm)
-                steps += _without_barrier(record, section)
-                self._compare_with_model(section, self._normal[section.name], report)
-            bench.rest()
-            for remark in bench.remarks:
-                report.add(Failure("undisturbed", "", "", remark))
+                steps += await self._number_section(bench, section, report)
         return steps, cold
+
+    async def _number_section(self, bench: Bench, section: Section, report: Report) -> list[Step]:
+        if Place.HALF in places() and not bench.is_traced:
+            await bench.trace()
+        record = Record()
+        self._normal[section.name] = await self._do(bench, section, partial(bench.record, section.name, record))
+        self._compare_with_model(section, self._normal[section.name], report)
+        for remark in bench.remarks:
+            report.add(Failure("undisturbed", section.name, "", remark))
+        return without_barrier(record, section)
 
     def _compare_with_model(self, section: Section, found: Outcome, report: Report) -> None:
         if section.portable and not report.failures:
@@ -281,25 +294,31 @@ class CrashMatrix:
         `arm` is called when the directory is made: the steps count from there.
         """
         program, root = bench.program, bench.mountpoint
-        name = f"{section.name}-{len(bench.names)}"
-        bench.names.add(name)
-        await program.do("begin", f"{root}/{name}")
-        kind, value = await bench.do("mkdir", "")
-        if kind == "errno":
-            raise BenchFailedError(f"no directory could be made: {os.strerror(int(str(value)))}")
+        name = ""
+        if not self._flat:
+            name = f"{section.name}-{len(bench.names)}"
+            bench.names.add(name)
+            await program.do("begin", f"{root}/{name}")
+            kind, value = await bench.do("mkdir", "")
+            if kind == "errno":
+                raise BenchFailedError(f"no directory could be made: {os.strerror(int(str(value)))}")
         if arm is not None:
+            await bench.quiet()
             arm()
         results = []
         for index, (call, args) in enumerate(section.operations):
             bench.at(index)
             results.append(await bench.do(call, *args))
         bench.at(len(section.operations))
-        await bench.do("touch_nothing", "barrier")  # what close(2) has left to do is asked for when this comes back
+        await bench.do("access", "barrier", os.F_OK)  # what close(2) has left to do is asked for when this comes back
         await bench.settle()
         bench.rest()
         _, tree = await bench.do("tree")
         await bench.do("begin", root)
         outcome = Outcome(results, tree)
+        if self._flat:
+            outcome.forget_root()
+            return outcome
         await self._look_for_rest(bench, outcome)
         if self._mirrors:
             outcome.source = await self._tree_of_source(bench, name)
@@ -314,7 +333,7 @@ class CrashMatrix:
         with trio.move_on_after(_SETTLE):
             # Files that were kept for who had them open go after the last close.
             while rest := sorted(set(os.listdir(bench.plan.source)) - bench.names):
-                await bench.do("touch_nothing", "barrier")
+                await bench.do("access", "barrier", os.F_OK)
                 await trio.sleep(0.005)
         outcome.rest += [f"source/{name}" for name in rest]
 
@@ -335,51 +354,15 @@ class CrashMatrix:
         except (NoAnswerError, BenchFailedError) as error:
             waits = "; ".join(await bench.waiting())
             text = f"{error}" + (f" (the shim waits for: {waits})" if waits else "")
-            return [Failure(str(target), _describe(target, section), "", text)]
+            return [Failure(str(target), describe_target(target, section), "", text)]
         problems = [
-            Failure(str(target), _describe(target, section), path, f"{operation}: {text}" if operation else text)
+            Failure(str(target), describe_target(target, section), path, f"{operation}: {text}" if operation else text)
             for operation, path, text in differences(section, self._normal[section.name], found)
         ]
-        problems += [Failure(str(target), _describe(target, section), "", remark) for remark in bench.remarks]
+        problems += [Failure(str(target), describe_target(target, section), "", remark) for remark in bench.remarks]
         return problems if bench.hit or problems else None
 
 
 def _list(value: object) -> list[str]:
     """What `names` gave, or nothing when it failed."""
     return value if isinstance(value, list) else []
-
-
-def _places() -> list[Place]:
-    """Those that this machine can have."""
-    return list(Place) if ptrace.SUPPORTED else [Place.BEFORE, Place.AFTER]
-
-
-def _targets(steps: Iterable[Step], *, full: bool, cold: bool = False) -> Iterable[Target]:
-    for step in steps:
-        for place in _places():
-            if place is not Place.HALF:
-                yield Target(step, place, cold=cold)
-            elif full:
-                for point in step.all_points(MOST_POINTS):
-                    yield Target(step, place, point, cold)
-            elif step.points:  # what changes nothing has no middle
-                yield Target(step, place, step.middle(), cold)
-
-
-def _find(address: Address, steps: Iterable[Step], cold: Iterable[Step]) -> Target:
-    for step in cold if address.cold else steps:
-        if (step.section, step.number) == (address.section, address.number):
-            point = address.point or step.middle()
-            return Target(step, address.place, point if address.place is Place.HALF else 0, address.cold)
-    raise UserError(f"the workload has no step {address.section}:{address.number}")
-
-
-def _without_barrier(record: Record, section: Section) -> list[Step]:
-    """The steps of a section; the look-up after its last operation is the matrix's own."""
-    last = len(section.operations)
-    return [step for step in record.steps if not (step.operation == last and step.name == "LOOKUP")]
-
-
-def _describe(target: Target, section: Section) -> str:
-    index = min(target.step.operation, len(section.operations) - 1)
-    return f"{name_of(target.step.opcode)} in {describe(section.operations[index])}"

@@ -15,7 +15,9 @@ import errno
 import marshal
 import mmap
 import os
+import select
 import stat as modes
+import zlib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -206,8 +208,6 @@ def copy_range(source: str, target: str, size: int, offset: int, to: int) -> int
 
 def poll(handle: str, events: int) -> int:
     """poll(2) that does not wait."""
-    import select
-
     waiting = select.poll()
     waiting.register(_fd(handle), events)
     return sum(found for _, found in waiting.poll(0))
@@ -224,11 +224,6 @@ def has_birth_time(name: str) -> bool:
 def fsync(handle: str) -> None:
     """fsync(2), of a file or a directory."""
     os.fsync(_fd(handle))
-
-
-def fdatasync(handle: str) -> None:
-    """fdatasync(2)."""
-    os.fdatasync(_fd(handle))
 
 
 # ---- names
@@ -357,17 +352,10 @@ def tree() -> dict[str, Any]:
             entry["target"] = readlink(name)
         elif modes.S_ISREG(mode):
             data = get(name)
-            entry["data"] = data if len(data) <= _MOST else (len(data), hash_of(data))
+            entry["data"] = data if len(data) <= _MOST else (len(data), zlib.crc32(data))
         if not modes.S_ISLNK(mode):
             entry["xattrs"] = _xattrs(name)
     return found
-
-
-def hash_of(data: bytes) -> int:
-    """A number that differs for different data, as far as that matters here."""
-    import zlib
-
-    return zlib.crc32(data)
 
 
 def _xattrs(name: str) -> dict[str, bytes]:
@@ -377,21 +365,6 @@ def _xattrs(name: str) -> dict[str, bytes]:
         if error.errno in (errno.ENOTSUP, errno.ENOSYS):
             return {}
         raise
-
-
-def touch_nothing(name: str) -> None:
-    """A look-up that fails: what was asked before it has been asked when it returns."""
-    try:
-        os.lstat(_path(name))
-    except FileNotFoundError:
-        return
-
-
-def _answer(functions: dict[str, Callable[..., object]], call: str, args: tuple[object, ...]) -> tuple[str, object]:
-    try:
-        return ("value", functions[call](*args))
-    except OSError as error:
-        return ("errno", error.errno)
 
 
 def main() -> None:
@@ -412,7 +385,11 @@ def main() -> None:
                 return
             data += part
         call, args = marshal.loads(data)  # noqa: S302 - from who started us
-        answer = marshal.dumps(_answer(functions, call, args))  # type: ignore[arg-type]
+        try:
+            result = ("value", functions[call](*args))
+        except OSError as error:
+            result = ("errno", error.errno)
+        answer = marshal.dumps(result)  # type: ignore[arg-type]
         answer = len(answer).to_bytes(4, "little") + answer
         while answer:
             answer = answer[os.write(1, answer) :]

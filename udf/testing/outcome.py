@@ -25,6 +25,11 @@ class Outcome:
     source: Any = None  # the same in a mirrored source; None: not looked at
     rest: list[str] = field(default_factory=list)  # names that nobody made
 
+    def forget_root(self) -> None:
+        """Leave out the chosen directory itself, which the program has not made."""
+        if isinstance(self.tree, dict):
+            self.tree.pop(".", None)
+
 
 def differences(section: Section, expected: Outcome, found: Outcome) -> Iterator[Difference]:
     """Where the second one differs: in its results, in the order of the operations, then in what is left."""

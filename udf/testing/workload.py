@@ -189,7 +189,6 @@ STANDARD: tuple[Section, ...] = (
         ("read", "a", 4096, 149_990),
         ("read", "a", 100, 600_000),
         ("fsync", "a"),
-        ("fdatasync", "a"),
         ("close", "a"),
         ("open", "a", _BOTH | _DIRECT, "direct"),
         ("read_direct", "direct", 131_072, 135_168),
