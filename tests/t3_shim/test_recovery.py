@@ -680,3 +680,19 @@ def test_a_directory_that_was_removed_while_open_is_still_known_to_who_has_it_op
             mount.lose_driver()
             mount.next_driver()
         mount.usual.do("close", fd)
+
+
+def test_a_driver_that_knows_directories_by_their_names_only_makes_no_difference():
+    """It removes what it has never opened, and knows it no more: programs used to be told its ESTALE."""
+    with recovering() as mount:
+        fd = mount.do("open", "empty", os.O_RDONLY | os.O_DIRECTORY)
+        mount.lose_driver()
+        mount.next_driver()
+        mount.do("stat", "empty")
+        mount.do("rmdir", "empty")
+        mount.driver.answers[Opcode.GETATTR] = lambda request: errno.ESTALE
+        there = mount.usual.do("fstat", fd)
+        assert (stat.S_ISDIR(there["st_mode"]), there["st_nlink"]) == (True, 0)
+        assert mount.fails("stat", "") == errno.ESTALE, "the root has not been removed"
+        del mount.driver.answers[Opcode.GETATTR]
+        mount.usual.do("close", fd)

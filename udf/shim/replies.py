@@ -33,6 +33,7 @@ from udf.shim.open_files import open_reply
 from udf.shim.remembered import REMEMBERED
 from udf.shim.requests import negative
 from udf.shim.service import Service
+from udf.shim.stale import answer_stale, removed_directory
 
 if TYPE_CHECKING:
     from udf.shim.link import Link
@@ -229,6 +230,10 @@ def _failed(s: Service, pending: Pending, unique: int, error: int) -> None:
             flags = _U32.unpack_from(pending.request, BODY)[0]
             handle = add_handle(s, pending, pending.slot, flags, 0, op == Opcode.OPENDIR)
             s.answer(unique, open_reply(s, handle, 0), by="driver")
+            return
+    elif number == errno.ESTALE and op == Opcode.GETATTR:
+        # Of a directory that is open a driver need not know more than its name: the one that had opened it has died.
+        if answer_stale(s, unique, removed_directory(s, pending.slot)):
             return
     elif number in (errno.EEXIST, errno.ESTALE) and op in ENTRY_OPS:
         s.nodes.negatives.pop((pending.node_id, name_in(pending)), None)
