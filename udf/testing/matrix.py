@@ -58,6 +58,7 @@ class CrashMatrix:
         options: Mapping[str, str] | None = None,
         mirrors: bool = False,
         flat: bool = False,
+        model: bool = True,
         sections: Sequence[Section] = STANDARD,
         jobs: int = 2,
     ) -> None:
@@ -68,7 +69,8 @@ class CrashMatrix:
         folder that it is given, and returns it; a driver whose source is a directory gets an empty one by itself.
         `options`: as after `udf mount -o`. `mirrors`: the source is a directory that must look as the mount does,
         with nothing more in it. `flat`: the driver makes no directories, so each section is done at the root, on a
-        mount of its own. `jobs`: so many mounts at a time.
+        mount of its own. `model`: False for a driver that differs from an ordinary directory also while it lives; then
+        it is compared with itself only. `jobs`: so many mounts at a time.
         """
         self._driver = None if driver is None else os.fspath(driver)
         self._command = command
@@ -79,6 +81,7 @@ class CrashMatrix:
         self._options = dict(options or {})
         self._mirrors = mirrors
         self._flat = flat
+        self._compares = model
         self._sections = {section.name: section for section in sections}
         if len(self._sections) != len(sections):
             raise UserError("two sections have the same name: rename one")
@@ -277,7 +280,7 @@ class CrashMatrix:
         return without_barrier(record, section)
 
     def _compare_with_model(self, section: Section, found: Outcome, report: Report) -> None:
-        if section.portable and not report.failures:
+        if self._compares and section.portable and not report.failures:
             for operation, path, text in differences(section, self._model[section.name], found):
                 report.add(Failure("undisturbed", operation, path, f"an ordinary directory differs: {text}"))
 

@@ -46,6 +46,8 @@ def _path(name: str) -> str:
 
 
 def _fd(handle: str) -> int:
+    if handle not in _handles:  # it could not be opened, which is a result of its own
+        raise OSError(errno.EBADF, "no such handle")
     return _handles[handle]
 
 
@@ -56,9 +58,6 @@ def _attributes(st: os.stat_result) -> dict[str, int]:
     if modes.S_ISCHR(st.st_mode) or modes.S_ISBLK(st.st_mode):
         found["rdev"] = st.st_rdev
     return found
-
-
-# ---- looking
 
 
 def stat(name: str) -> dict[str, int]:
@@ -148,7 +147,9 @@ def _keep(fd: int, handle: str) -> None:
 
 def close(handle: str) -> None:
     """close(2)."""
-    os.close(_handles.pop(handle))
+    fd = _fd(handle)
+    del _handles[handle]
+    os.close(fd)
 
 
 def put(name: str, data: bytes, flags: int = 0) -> int:
@@ -222,7 +223,7 @@ def has_birth_time(name: str) -> bool:
 
 
 def fsync(handle: str) -> None:
-    """fsync(2), of a file or a directory."""
+    """fsync(2)."""
     os.fsync(_fd(handle))
 
 
@@ -332,9 +333,6 @@ def listxattr(name: str) -> list[str]:
 def removexattr(name: str, attribute: str) -> None:
     """lremovexattr(2)."""
     os.removexattr(_path(name), attribute, follow_symlinks=False)
-
-
-# ---- what is there
 
 
 def tree() -> dict[str, Any]:
