@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from udf.driver.fs import FsDriver as FsDriver
     from udf.driver.fs import Space as Space
     from udf.driver.journal import Journal as Journal
-    from udf.driver.progress import still_working as still_working
     from udf.driver.store import Store as Store
     from udf.errors import ContractError as ContractError
     from udf.errors import DeviceGone as DeviceGone
     from udf.errors import UdfError as UdfError
     from udf.errors import UserError as UserError
+    from udf.host.progress import still_working as still_working
 
 __version__ = "0.1.0"
 INTERFACE = 1  # the version of everything exported here; a manifest names the one it was written for
@@ -29,7 +29,7 @@ _HOMES = {
     "Space": "udf.driver.fs",
     "Journal": "udf.driver.journal",
     "Store": "udf.driver.store",
-    "still_working": "udf.driver.progress",
+    "still_working": "udf.host.progress",
     "ContractError": "udf.errors",
     "DeviceGone": "udf.errors",
     "UdfError": "udf.errors",

@@ -32,7 +32,6 @@ NEVER: dict[str, tuple[str, ...]] = {
     "udf.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.fuse": ("trio", "pyfuse3", "msgspec"),
     "udf.cli": ("pyfuse3",),
-    "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
     "udf.doctor": ("trio", "pyfuse3"),
 }
 

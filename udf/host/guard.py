@@ -14,8 +14,8 @@ from typing import Any
 import pyfuse3
 import trio
 
-from udf.driver.progress import OPCODES, kind
 from udf.errors import ContractError, errno_of, is_fault
+from udf.host.progress import OPCODES, kind
 
 MAX_TRACEBACK = 16 * 1024
 MAX_TEXT = 1000

@@ -21,11 +21,11 @@ import trio
 from udf import messages
 from udf.driver.fs import REQUIRED_VERBS, FsDriver, verbs_of
 from udf.driver.paths import PathOperations
-from udf.driver.progress import serve_on
 from udf.errors import ContractError, UserError
 from udf.host import libfuse_log
 from udf.host.guard import Guard
 from udf.host.load import instantiate, load_class
+from udf.host.progress import serve_on
 from udf.host.pulse import Pulse, Supervisor
 from udf.host.pump import Pump
 

@@ -113,8 +113,9 @@ class Loop:
                         spin.worked()
                     elif fd == self.control.fd:
                         self._from_supervisor()
-                    else:
+                    elif fd == self._wake:
                         self._unmount_ended()
+                    # else: a link that an event before this one has replaced
                 if forgets and s.connected:
                     self._send_forgets(forgets)
                 if recovery.alone and not s.is_waiting(recovery.alone):
