@@ -17,6 +17,8 @@ from udf.supervisor.generation import Generation
 from udf.supervisor.plan import MountPlan
 from udf.supervisor.restart import Death, Decision, History
 
+REST = 0.05  # seconds after the mount's return to ACTIVE
+
 log = logging.getLogger("udf.mounts")
 
 
@@ -59,8 +61,12 @@ class Spares:
         """
         while True:
             await self._bell.until(lambda: over() or (wanted() and self._spare is None and not self._given_up))
+            # Programs that have waited for the driver's return need the CPU first.
+            await self._bell.within(REST, over)
             if over():
                 return
+            if self._spare is not None or not wanted():
+                continue
             spare = self._spare = start()
             await spare.prepare()
             await self._bell.until(lambda: over() or self._spare is not spare or spare.cannot_start)  # noqa: B023 - awaited
