@@ -57,10 +57,10 @@ class Hiding:
         s.nodes.unlink(ROOT, name)
         self.removing.add(name)
         if s.connected:
-            self.remove(s)
+            s.start_own(self._remove(s, name))
 
     def remove(self, s: Service) -> None:
-        """Have the driver remove what is to go; a name whose removal it did not answer is tried again by the next."""
+        """Have a new generation remove what the one before was told to remove and did not say that it had."""
         for name in list(self.removing):
             s.start_own(self._remove(s, name))
 
