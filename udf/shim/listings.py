@@ -21,6 +21,7 @@ from udf.shim.handles import LISTING_LIMIT, Handle, Listing
 from udf.shim.hiding import HIDDEN_NAME
 from udf.shim.inflight import Ask, Refuse, Steps
 from udf.shim.nodes import BadEntry
+from udf.shim.stale import stale_entry
 from udf.shim.tasks import caller, open_handle
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class ListingCache:
                 in_time = nodes.attr_until[child] > (now if s.connected else 0.0)
                 if child and (not slot or child == slot) and in_time:
                     nodes.lookups[child] += 1
-                    entry = nodes.pack_entry(child, link, now)
+                    entry = nodes.pack_entry(child, link, now) if s.connected else stale_entry(s, child, link)
             reply += entry
             reply += record
         s.answer(unique, reply, by=by)

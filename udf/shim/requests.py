@@ -22,7 +22,7 @@ from udf.shim import open_files, patience, tasks
 from udf.shim.graph import ATTR_SIZE, ROOT
 from udf.shim.hiding import HIDDEN_NAME, needs_hiding
 from udf.shim.remembered import REMEMBERED
-from udf.shim.stale import answer_stale, is_unchanged, stale_attributes
+from udf.shim.stale import answer_stale, is_unchanged, stale_attributes, stale_entry
 from udf.shim.tasks import forward_rename, without_suid
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.nodes.lookups[child] += 1
         s.answer(unique, s.nodes.pack_entry(child, s.nodes.link(slot, name), now), by="cache")
         return
-    if not s.connected and _lookup_stale(s, unique, slot, name, now):
+    if not s.connected and _lookup_stale(s, unique, slot, name):
         return
     if s.nodes.negatives:
         until = s.nodes.negatives.get((node_id, name))
@@ -72,14 +72,14 @@ def lookup(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     s.forward(1, unique, node_id, slot, message)
 
 
-def _lookup_stale(s: Service, unique: int, slot: int, name: bytes, now: float) -> bool:
+def _lookup_stale(s: Service, unique: int, slot: int, name: bytes) -> bool:
     """Without a driver a name means what it last meant, until there is one to ask."""
     link = s.nodes.link(slot, name)
     child = s.nodes.link_node[link]
     if not child or s.nodes.is_expired(link) or not is_unchanged(s, child):
         return False
     s.nodes.lookups[child] += 1
-    return answer_stale(s, unique, s.nodes.pack_entry(child, link, now))
+    return answer_stale(s, unique, stale_entry(s, child, link))
 
 
 def negative(valid: float) -> bytes:

@@ -1,7 +1,7 @@
 """What programs are told while there is no driver to ask: what was true when there last was one.
 
-Owns: answers from what is known although its time is over, and what must be known for that. None of them is cached by
-the kernel for longer than this request, so the next driver is asked again.
+Owns: answers from what is known although its time is over, and what must be known for that. The kernel may keep them
+for a moment, so that programs are not slower than with a driver; the next driver is asked when that is over.
 Called by: requests.py and open_files.py, when the driver is dead or gone.
 """
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from udf.shim.inflight import Steps
     from udf.shim.service import Service
 
+STALE_FOR = 1  # seconds
 _ATTR_HEAD = Struct("=QI4x")
+_ENTRY_TIMES = Struct("=QQII")  # of an entry, behind node id and generation
 _U32 = Struct("=I")
 _NLINK_AT = ATTR_OUT.offset("attr.nlink")
 _LISTED = (b"system.posix_acl_access", b"system.posix_acl_default", b"security.selinux")  # what ls -l asks for
@@ -34,7 +36,14 @@ def stale_attributes(s: Service, slot: int) -> bytes | None:
     """
     if not (is_unchanged(s, slot) or (slot == ROOT and s.nodes.mode(ROOT))):  # ls of the parent asks for the root
         return None
-    return _ATTR_HEAD.pack(0, 0) + bytes(s.nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
+    return _ATTR_HEAD.pack(STALE_FOR, 0) + bytes(s.nodes.attrs[slot * ATTR_SIZE : slot * ATTR_SIZE + ATTR_SIZE])
+
+
+def stale_entry(s: Service, slot: int, link: int) -> bytes:
+    """Return the entry of a name and its node as they were last seen."""
+    entry = bytearray(s.nodes.pack_entry(slot, link, 0.0))
+    _ENTRY_TIMES.pack_into(entry, 16, STALE_FOR, STALE_FOR, 0, 0)
+    return bytes(entry)
 
 
 def is_unchanged(s: Service, slot: int) -> bool:
