@@ -361,6 +361,18 @@ def what_waits(mount: Mount) -> list[dict[str, object]]:
     raise AssertionError("nothing waits")
 
 
+def test_nothing_is_remembered_of_files_that_are_gone():
+    """The shim used to grow by half a kilobyte for each of thousands of files that came and went."""
+    with recovering() as mount:
+        for number in range(30):
+            mount.do("spill", f"new{number}", b"x")
+            mount.fails("getxattr", f"new{number}", "user.none")
+            mount.do("unlink", f"new{number}")
+        mount.do("getxattr", "file", "user.x")
+        mount.usual.do("drop_caches")
+        assert mount.counters()["remembered"] <= 2, "the root, and what the kernel holds still"
+
+
 def test_a_request_that_waits_ends_with_its_caller():
     with recovering() as mount:
         mount.do("stat")

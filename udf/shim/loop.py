@@ -275,6 +275,7 @@ class Loop:
             waiting=len(s.waiting) + len(s.tasks),
             late=len(s.late),
             unanswered=len(s.asks),
+            remembered=len(s.remembered),
             kernel_lookups=s.nodes.total_lookups(),
             driver_lookups=s.nodes.total_driver_lookups(),
         )

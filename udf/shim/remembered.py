@@ -29,6 +29,10 @@ class Remembered:
     def __init__(self) -> None:
         self._nodes: OrderedDict[int, dict[tuple[int, bytes], tuple[int, int, bytes | None]]] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Return the number of nodes that something is remembered of."""
+        return len(self._nodes)
+
     def keep(self, node_id: int, op: int, question: bytes, error: int, body: bytes) -> None:
         """Note an answer of the driver's."""
         if len(body) > _LONGEST or len(question) > _LONGEST or error == errno.ERANGE:

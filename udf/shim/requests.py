@@ -314,18 +314,21 @@ def removexattr(s: Service, unique: int, node_id: int, message: memoryview) -> N
 
 def forget(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """FORGET: never answered."""
-    slot = s.nodes.slot(node_id)
-    if slot:
-        s.nodes.forget(slot, _U64.unpack_from(message, BODY)[0])
+    _forget(s, node_id, _U64.unpack_from(message, BODY)[0])
 
 
 def batch_forget(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """BATCH_FORGET: never answered."""
     for index in range(_U32.unpack_from(message, BODY)[0]):
-        node, count = _PAIR.unpack_from(message, BODY + 8 + 16 * index)
-        slot = s.nodes.slot(node)
-        if slot:
-            s.nodes.forget(slot, count)
+        _forget(s, *_PAIR.unpack_from(message, BODY + 8 + 16 * index))
+
+
+def _forget(s: Service, node_id: int, count: int) -> None:
+    slot = s.nodes.slot(node_id)
+    if slot:
+        s.nodes.forget(slot, count)
+        if not s.nodes.slot(node_id):
+            s.remembered.forget(node_id)
 
 
 def statfs(s: Service, unique: int, node_id: int, message: memoryview) -> None:
