@@ -41,7 +41,8 @@ class Running:
     def on_message(self, message: messages.FromHost, _fds: list[int]) -> None:
         self.heard[type(message)] = message
         if isinstance(message, messages.Started):
-            assert self.process.adopt_worker(message.pid)
+            # One that exits at once may be gone before its first word is read.
+            assert self.process.adopt_worker(message.pid) or not os.path.exists(f"/proc/{message.pid}/exe")
         self.bell.ring()
 
     async def start(self, nursery: trio.Nursery, class_name: str = "Plain", **sandbox: Any) -> None:
