@@ -5,6 +5,7 @@ the tag; descriptors travel beside it by SCM_RIGHTS.
 Must never: be imported by the shim or by the host's launcher stage (they use `json` with the same keys and stay small).
 Called by: udf/supervisor for everything it sends and receives, udf/host once its launcher stage is over.
 
+A little over 400 lines: it is one wire, and its types are read beside each other.
 A packet from a host or a shim is as untrusted as one from a network: `decode_*` raise ContractError and nothing else.
 """
 

@@ -36,6 +36,7 @@ from udf.shim.handles import Handle
 from udf.shim.inflight import Pending
 from udf.shim.nodes import FOREVER, Admitted, BadEntry
 from udf.shim.open_files import FOPEN_ALLOWED, NEEDED, open_reply
+from udf.shim.request_names import NAME_AT
 from udf.shim.requests import negative
 from udf.shim.service import Service
 
@@ -60,20 +61,11 @@ Check = Callable[[Service, Pending, int], int]
 
 def name_in(pending: Pending) -> bytes:
     """Return the (first) name in a request's body."""
-    start = BODY + _NAME_AT.get(pending.op, 0)
+    start = BODY + NAME_AT[pending.op]
     request = pending.request
     return request[start : request.index(0, start)]
 
 
-_NAME_AT = {
-    int(Opcode.MKNOD): 16,
-    int(Opcode.MKDIR): 8,
-    int(Opcode.CREATE): 16,
-    int(Opcode.TMPFILE): 16,
-    int(Opcode.LINK): 8,
-    int(Opcode.RENAME): 8,
-    int(Opcode.RENAME2): 16,
-}
 _NEGATIVES = 4096
 
 
@@ -266,7 +258,7 @@ def _removed(s: Service, pending: Pending, size: int) -> int:
 def _renamed(s: Service, pending: Pending, size: int) -> int:
     _expect(size, 0)
     request = pending.request
-    start = BODY + _NAME_AT[pending.op]
+    start = BODY + NAME_AT[pending.op]
     name, new_name = request[start:].split(b"\0")[:2]
     flags = _U32.unpack_from(request, BODY + 8)[0] if pending.op == Opcode.RENAME2 else 0
     new_parent = s.nodes.slot(_U64.unpack_from(request, BODY)[0])

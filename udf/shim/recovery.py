@@ -18,13 +18,13 @@ from math import isinf
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, OUT_HEADER
 from udf.shim.contract import INIT_UNIQUE, ContractRefused, driver_init, lacks, parse_driver_init
 from udf.shim.inflight import Pending, Task
 from udf.shim.link import Link
 from udf.shim.looks import look_first
 from udf.shim.replay import PURE, REPLAY, Replay
+from udf.shim.request_names import with_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,19 +35,6 @@ _MOST = 4096  # parked requests; and bytes of them: past either the kernel keeps
 _MOST_BYTES = 64 << 20
 _RECENT = 50  # operations in a crash report
 _SHOWN = 100  # waiting requests that are shown
-# Where the (first) name stands in a request's body.
-_NAMED = {
-    int(Opcode.LOOKUP): 0,
-    int(Opcode.UNLINK): 0,
-    int(Opcode.RMDIR): 0,
-    int(Opcode.SYMLINK): 0,
-    int(Opcode.MKDIR): 8,
-    int(Opcode.MKNOD): 16,
-    int(Opcode.CREATE): 16,
-    int(Opcode.RENAME): 8,
-    int(Opcode.RENAME2): 16,
-    int(Opcode.LINK): 8,
-}
 _SUSPECT = 2  # deaths of the driver's own making at which a request was under way
 
 
@@ -146,8 +133,7 @@ class Recovery:
             if self.active:
                 self._park(parked)
             else:
-                s.interrupted.pop(parked.unique, None)
-                s.answer_error(parked.unique, errno.EIO)
+                self._give_up(parked.unique)
 
     def _from_pending(self, unique: int, pending: Pending) -> Parked:
         parked = self._known.get(unique) or Parked(
@@ -198,19 +184,19 @@ class Recovery:
     def _path(self, op: int, node_id: int, request: bytes) -> str:
         slot = self._s.nodes.slot(node_id)
         path = (self._s.nodes.path(slot) or "") if slot else ""
-        if op in _NAMED:
-            name = request[IN_HEADER.size + _NAMED[op] :].partition(b"\0")[0]
-            path = f"{path.rstrip('/')}/{name.decode('utf-8', 'backslashreplace')}"
-        return path
+        return with_name(path, op, request)
+
+    def _give_up(self, unique: int) -> None:
+        """Answer a request that nobody is going to serve."""
+        self.take(unique)
+        self._s.interrupted.pop(unique, None)
+        self._s.answer_error(unique, errno.EIO)
 
     def fail(self) -> None:
         """There is no new generation for now: everything that waits fails."""
-        s = self._s
         self.active = False
         for unique in list(self.parked):
-            self.take(unique)
-            s.interrupted.pop(unique, None)
-            s.answer_error(unique, errno.EIO)
+            self._give_up(unique)
 
     def check_time(self, now: float) -> None:
         """Give up what has waited too long, and a new driver that does not answer."""
@@ -218,9 +204,7 @@ class Recovery:
         before = now - s.config.patience
         for unique, parked in list(self.parked.items()):
             if parked.parked_at < before:
-                self.take(unique)
-                s.interrupted.pop(unique, None)
-                s.answer_error(unique, errno.EIO)
+                self._give_up(unique)
         if self._known:
             self._known = {unique: parked for unique, parked in self._known.items() if s.is_waiting(unique)}
         if self.greeting and now > self._greet_until:
@@ -334,8 +318,7 @@ class Recovery:
             s.interrupted.pop(unique, None)  # from here on the driver's answer counts
         pending = parked.pending
         if replay is Replay.REFUSED:
-            s.interrupted.pop(unique, None)
-            s.answer_error(unique, errno.EIO)
+            self._give_up(unique)
         elif replay is Replay.ONCE and pending is not None:
             s.start(unique, parked.op, parked.request, look_first(s, unique, pending), pending)
         else:
@@ -343,9 +326,7 @@ class Recovery:
 
     def _poison(self, parked: Parked) -> None:
         s = self._s
-        self.take(parked.unique)
-        s.interrupted.pop(parked.unique, None)
         s.counters.poisoned += 1
         path = self._path(parked.op, parked.node_id, parked.request)
         s.tell({"t": "poison", "op": s.op_name(parked.op), "path": path[:1000]})
-        s.answer_error(parked.unique, errno.EIO)
+        self._give_up(parked.unique)

@@ -3,6 +3,7 @@
 One function for each opcode, in the table `HANDLERS`; each is given the service, the request's id, the node id of its
 header and the whole message in a buffer that it may change. Kernel rules that an answer rests on stand beside it.
 Here are names and attributes, and the table; requests on open files are in `open_files`.
+A little over 400 lines: one function for each opcode, and the table of all of them.
 """
 
 from __future__ import annotations

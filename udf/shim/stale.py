@@ -2,7 +2,7 @@
 
 Owns: answers from what is known although its time is over, and what must be known for that. The kernel may keep them
 for a moment, so that programs are not slower than with a driver; the next driver is asked when that is over.
-Called by: requests.py and open_files.py, when the driver is dead or gone.
+Called by: the loop at its start, and whatever answers (requests.py, listings.py, patience.py, …) without a driver.
 """
 
 from __future__ import annotations

@@ -13,24 +13,13 @@ from typing import TYPE_CHECKING
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER
+from udf.shim.request_names import with_name
 from udf.shim.service import op_name
 
 if TYPE_CHECKING:
     from udf.shim.nodes import NodeTable
 
 _UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
-_NAMED = {
-    int(Opcode.LOOKUP): 0,
-    int(Opcode.UNLINK): 0,
-    int(Opcode.RMDIR): 0,
-    int(Opcode.SYMLINK): 0,
-    int(Opcode.MKNOD): 16,
-    int(Opcode.MKDIR): 8,
-    int(Opcode.CREATE): 16,
-    int(Opcode.LINK): 8,
-    int(Opcode.RENAME): 8,
-    int(Opcode.RENAME2): 16,
-}
 
 
 class Tracer:
@@ -51,9 +40,8 @@ class Tracer:
         uid, _, pid = IN_HEADER.unpack_from(message)[4:7]
         slot = self._nodes.slot(node_id)
         name = self._nodes.path(slot) if slot else None
-        if op in _NAMED and name is not None:
-            last = bytes(message[IN_HEADER.size + _NAMED[op] :]).split(b"\0")[0].decode("utf-8", "backslashreplace")
-            name = f"{name.rstrip('/')}/{last}"
+        if name is not None:
+            name = with_name(name, op, message)
         self._open[unique] = (op, node_id, name, pid, uid, time.monotonic())
 
     def answered(self, unique: int, error: int, size: int, by: str) -> None:
