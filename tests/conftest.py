@@ -82,8 +82,9 @@ def _stands_by(pid: int, before: set[int]) -> bool:
         while pid > 1:
             name = Path(f"/proc/{pid}/comm").read_text().strip()
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if name in ("udf-zygote", "udf-standby"):
-                return pid in before
+            # A process that was forked a moment ago still has its parent's name: look further up too.
+            if name in ("udf-zygote", "udf-standby") and pid in before:
+                return True
     return False
 
 
