@@ -40,6 +40,13 @@ TEST_PACKAGES=(
   'automake         : command -v automake'
   'procps           : command -v ps'
   'systemd          : command -v systemd-analyze'
+  'libnbd-bin       : command -v nbdcopy'
+  'nbdkit           : command -v nbdkit'
+  'qemu-utils       : command -v qemu-nbd'
+  'fio              : command -v fio'
+  'usbip            : command -v usbip || test -x /usr/sbin/usbip'
+  'dosfstools       : command -v mkfs.vfat || test -x /sbin/mkfs.vfat'
+  'fdisk            : command -v sfdisk || test -x /sbin/sfdisk'
 )
 
 say() { printf 'setup: %s\n' "$*" >&2; }

@@ -59,6 +59,29 @@ class Mount(Message, tag="mount"):
     patience: float = 60.0  # seconds that a parked request waits for a new generation
 
 
+class Serve(Message, tag="serve"):
+    """Serve the block devices of one driver over NBD; the first thing a block shim is told.
+
+    Comes with the listening socket (AF_UNIX, SOCK_STREAM) and the shim's end of the link. On a link of a block driver
+    each packet that the shim sends is one byte with one descriptor: a stream socket on which the driver host answers
+    as an NBD server whose exports are the driver's units ("" is the first). Each packet of the driver is one JSON
+    object; {"t": "changed"} says that a unit came, went or changed its size: look again.
+    """
+
+    name: str
+    driver: str
+    read_only: bool = False
+    deadline: float = 30.0
+    start_timeout: float = 30.0
+    patience: float = 60.0
+
+
+class Detach(Message, tag="detach"):
+    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow."""
+
+    text: str = ""
+
+
 class Attach(Message, tag="attach"):
     """A new generation of the driver is ready; comes with the shim's end of its link.
 
@@ -105,7 +128,7 @@ class Trace(Message, tag="trace"):
     on: bool
 
 
-ToShim = Mount | Unmount | AskCounters | Trace | Attach | Fail | AskRequests | Abort
+ToShim = Mount | Serve | Unmount | AskCounters | Trace | Attach | Detach | Fail | AskRequests | Abort
 
 
 # ---- shim -> supervisor
@@ -113,6 +136,26 @@ ToShim = Mount | Unmount | AskCounters | Trace | Attach | Fail | AskRequests | A
 
 class Mounted(Message, tag="mounted"):
     """The mount is there; comes with a duplicate of its /dev/fuse descriptor."""
+
+
+class Export(msgspec.Struct, kw_only=True):
+    """One export of a block shim: a whole unit, or a partition of it."""
+
+    name: str  # as NBD clients ask for it, and as its file is called: disk, part1, disk1, disk1-part1
+    unit: str  # the driver's name for the unit
+    offset: int
+    size: int  # bytes; 0: there is no medium
+    block_size: int
+    read_only: bool = False
+    partition: int = 0  # its number; 0: the whole unit
+    type: str = ""  # of a partition: 0x0c, or a GUID
+    label: str = ""
+
+
+class Serving(Message, tag="serving"):
+    """What a block shim exports now; sent when it begins and whenever that changes."""
+
+    exports: list[Export]
 
 
 class ShimFailed(Message, tag="failed"):
@@ -222,6 +265,7 @@ class ShimHeartbeat(Message, tag="heartbeat"):
 
 FromShim = (
     Mounted
+    | Serving
     | ShimFailed
     | Busy
     | Unmounted
@@ -251,6 +295,24 @@ class DriverSpec(msgspec.Struct, kw_only=True):
     kind: str = "fs"
 
 
+class DeviceSpec(msgspec.Struct, kw_only=True):
+    """The device that a driver was bound to, as the bus has read it. Its connection comes beside the message."""
+
+    bus: str  # how the connection is spoken: usbip
+    key: str  # names this arrival of the device on its bus
+    busnum: int
+    devnum: int
+    port: str = ""  # where it is plugged in: 1-1.4
+    speed: int = 0  # usbip.Speed
+    device_descriptor: str = ""  # base64, as the device gave them
+    configurations: list[str] = []  # base64, one for each
+    configuration: int = 0  # the active one; 0: not configured
+    manufacturer: str = ""
+    product: str = ""
+    serial: str = ""
+    interface: int | None = None  # bound to this interface only; None: to the whole device
+
+
 class Sandbox(msgspec.Struct, kw_only=True):
     """What the driver's process may be and have."""
 
@@ -264,9 +326,11 @@ class Sandbox(msgspec.Struct, kw_only=True):
 
 
 class Start(Message, tag="start"):
-    """Load and serve a driver; comes with the driver's end of the link, then the memfds of its state store, if any.
+    """Load and serve a driver. Comes with the driver's end of the link, the device's connection if there is a `device`,
+    then the memfds of its state store, if any.
 
-    A `spare` gets neither yet: it is made ready as far as that goes without touching the source; `take_over` follows.
+    A `spare` gets none of them yet: it is made ready as far as that goes without touching the source; `take_over`
+    follows.
     """
 
     name: str
@@ -277,6 +341,7 @@ class Start(Message, tag="start"):
     heartbeat: float = 1.0
     spare: bool = False
     store: bool = False  # the driver has a state store (durability = "store")
+    device: DeviceSpec | None = None
 
 
 class TakeOver(Message, tag="take_over"):
