@@ -1,7 +1,7 @@
 """A driver's hold on one device: a connection for each generation, and the end of all of them.
 
-Owns: `Lease`, what a bus's device is to the rest of the supervisor, and `Tenancy`, the connection of the generation that
-serves now: opened for it, watched for its end, shut down behind it.
+Owns: `Lease`, what a bus's device is to the rest of the supervisor, and `Tenancy`, the connection of the generation
+that serves now: opened for it, watched for its end, shut down behind it.
 Must never: know a bus, speak on a connection, or let two generations have one at once.
 Called by: the binder (makes leases), recovery.py (uses them).
 
@@ -44,6 +44,7 @@ class Lease(ABC):
     async def open(self) -> socket.socket:
         """A new connection for one generation, the caller's own; DeviceGone, or an OSError (EBUSY: try again)."""
 
+    @abstractmethod
     def close(self) -> None:
         """The driver's instance has ended and opens no connection any more. Called once."""
 
@@ -56,7 +57,7 @@ class Lease(ABC):
             self._listeners.clear()
 
     def tell(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called once, at the moment when the device is gone, or now if it is."""
+        """Have `listener` called once, in the moment when the device is gone, or now if it is. It must not wait."""
         if self.gone:
             listener()
         else:
