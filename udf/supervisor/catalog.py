@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,8 +83,15 @@ def from_command(command: str, source: str | None) -> Driver:
     return Driver(name=name, spec=messages.DriverSpec(command=command))
 
 
-async def find(name: str, *, trusted_only: bool) -> Driver:
-    """Look a driver up and check its manifest and requisites.
+_INSTEAD = {
+    "usb": "it is started for each device that it is for (`udf devices` lists them)",
+    "block": "it makes a block device of its source, which is attached, not mounted",
+    "fs": "it serves a filesystem, which is mounted, not attached",
+}
+
+
+async def find(name: str, *, trusted_only: bool, kinds: Collection[str] = ("fs",)) -> Driver:
+    """Look a driver up and check its manifest and requisites. UserError for one of another kind than these.
 
     `trusted_only`: the caller is neither root nor our own user, so only what root installed for everyone counts.
     """
@@ -96,6 +103,8 @@ async def find(name: str, *, trusted_only: bool) -> Driver:
         return found
 
     found = await _in_thread(look, f"the driver {name}")
+    if found.kind not in kinds:
+        raise UserError(f"the driver {found.name} cannot be mounted: {_INSTEAD[found.kind]}")
     return Driver(
         name=found.name,
         spec=messages.DriverSpec(path=found.path, class_name=found.class_name, command=found.command, kind=found.kind),
@@ -128,6 +137,11 @@ def _describe(found: Manifest) -> dict[str, Any]:
         "kind": found.kind,
         "description": found.description,
         "source": found.source,
+        "provides": "" if found.kind == "fs" else found.provides,
+        "names": found.names,
+        "match": [str(entry) for entry in found.match],
+        "requires": list(found.requires),
+        "filesystems": list(found.filesystems),
         "durability": found.durability,
         "capabilities": list(found.capabilities),
         "options": [
