@@ -27,9 +27,10 @@ def read_text(path: str, what: str) -> tuple[str, bool]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         raise UserError(f"{path}: {what} cannot be read: {os.strerror(exc.errno or 0)}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: {what} is not a regular file")
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path}: {what} is not a regular file")
         data = file.read(MAX_MANIFEST + 1)
     whole = len(data) <= MAX_MANIFEST
     try:
