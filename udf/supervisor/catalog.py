@@ -102,9 +102,14 @@ async def find(name: str, *, trusted_only: bool, kinds: Collection[str] = ("fs",
         manifests.check_requires(found)
         return found
 
-    found = await _in_thread(look, f"the driver {name}")
+    found = await in_thread(look, f"the driver {name}")
     if found.kind not in kinds:
         raise UserError(f"the driver {found.name} cannot be mounted: {_INSTEAD[found.kind]}")
+    return from_manifest(found)
+
+
+def from_manifest(found: Manifest) -> Driver:
+    """The same from a manifest that has been read and checked."""
     return Driver(
         name=found.name,
         spec=messages.DriverSpec(path=found.path, class_name=found.class_name, command=found.command, kind=found.kind),
@@ -126,7 +131,7 @@ async def find(name: str, *, trusted_only: bool, kinds: Collection[str] = ("fs",
 async def listing(*, trusted_only: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """Every usable driver on the search path as the interface describes it, and a sentence for each unusable one."""
     trust = Trust(0, 0) if trusted_only else Trust.own()
-    found, warnings = await _in_thread(lambda: manifests.list_drivers(trust), "the search path")
+    found, warnings = await in_thread(lambda: manifests.list_drivers(trust), "the search path")
     return [_describe(each) for each in found], warnings
 
 
@@ -157,7 +162,8 @@ def _describe(found: Manifest) -> dict[str, Any]:
     }
 
 
-async def _in_thread(work: Callable[[], T], what: str) -> T:
+async def in_thread(work: Callable[[], T], what: str) -> T:
+    """Do some reading in a worker thread; UserError if it takes too long."""
     try:
         limiter = _threads.get()
     except LookupError:
