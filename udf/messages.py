@@ -293,6 +293,7 @@ class DriverSpec(msgspec.Struct, kw_only=True):
     class_name: str | None = msgspec.field(default=None, name="class")
     command: str | None = None
     kind: str = "fs"
+    provides: str = "files"  # what a driver of a device serves: files, block, terminal
 
 
 class DeviceSpec(msgspec.Struct, kw_only=True):

@@ -23,13 +23,13 @@ from udf.supervisor.output import Output
 from udf.supervisor.plan import MountPlan, StartFailedError
 from udf.supervisor.process import Process
 from udf.supervisor.recovery import Recovery
-from udf.supervisor.shim import Shim
+from udf.supervisor.shim import MountShim
 from udf.supervisor.spares import Spares
 from udf.supervisor.trace import Operation, TraceFeed
 
 PARTS = frozenset(
     {Mount, Instance, Process, Child, Channel, Output, TraceFeed, MountPlan, StartFailedError}
-    | {Recovery, Hosts, Spares, Generation, Shim}
+    | {Recovery, Hosts, Spares, Generation, MountShim}
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 from staging import Stage, gone
 
-from udf.supervisor import mounts
+from udf.supervisor import shim
 from udf.supervisor.instance import Reason, State
 from udf.supervisor.plan import BusyError
 
@@ -112,7 +112,7 @@ async def test_a_shims_death_ends_the_mount_and_cleans_the_mountpoint(
 async def test_a_shim_without_heartbeat_is_hung_and_the_mount_is_gone(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "SHIM_SILENCE", 5)
+    monkeypatch.setattr(shim, "SILENCE", 5)
     stage.shim = ("receive", "mounted", "deaf", "hang")
     mount = await stage.mounted()
     await gone(mount)

@@ -1,4 +1,4 @@
-"""One generation of a mount's driver: a host process from its start to its certain death.
+"""One generation of a driver: a host process from its start to its certain death.
 
 Owns: the process, what it has said, and in which way it died. Must never: decide what follows (recovery.py does), or
 believe a driver. Called by: recovery.py.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import trio
 
@@ -17,7 +17,7 @@ from udf.supervisor import procfs, restart, spawn
 from udf.supervisor.bell import Bell
 from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.output import printable, sentence
-from udf.supervisor.plan import MountPlan
+from udf.supervisor.plan import DriverPlan
 from udf.supervisor.process import Process
 from udf.supervisor.restart import Kind
 
@@ -30,9 +30,9 @@ log = logging.getLogger("udf.mounts")
 class Generation:
     """A driver host. It has no link, and has touched nothing of its source, until `serve`."""
 
-    def __init__(self, plan: MountPlan, bell: Bell, on_fault: Callable[[str, str], bool]) -> None:
+    def __init__(self, plan: DriverPlan, bell: Bell, on_fault: Callable[[str, str], bool]) -> None:
         self.plan = plan
-        # Not the mount's driver instance, which lives longer than any process; its events are nobody's.
+        # Not the endpoint's driver instance, which lives longer than any process; its events are nobody's.
         self.instance = Instance(plan.name, "driver", EventLog())
         self.process = Process(self.instance, messages.decode_from_host, self._on_change)
         self.number = 0  # the generation that it was offered as; 0: it was not yet
@@ -67,11 +67,11 @@ class Generation:
         self._is_spare = True
         await self.process.send(self.plan.start_message(spare=True))
 
-    async def serve(self, link: int, store: Sequence[int]) -> None:
-        """Give it the link and the state store; from now on it may touch its source. `ready` or trouble follow."""
+    async def serve(self, *fds: int) -> None:
+        """Give it link, device and state store; from now on it may touch its source. `ready` or trouble follow."""
         self._was_told = True
         message = messages.TakeOver() if self._is_spare else self.plan.start_message()
-        await self.process.send(message, [link, *store])
+        await self.process.send(message, fds)
 
     def serves(self, number: int) -> None:
         """The shim has taken it as this generation."""

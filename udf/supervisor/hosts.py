@@ -1,4 +1,4 @@
-"""The host processes of one mount: the one that serves, the one that will, the spare, and those whose end is awaited.
+"""The host processes of one endpoint: the one that serves, the next, the spare, and those whose end is awaited.
 
 Owns: their starts and their certain ends, and the state store's memfds, which outlive each of them.
 Must never: decide when a driver is replaced, or tell one to serve (recovery.py does both). Called by: recovery.py.
@@ -15,7 +15,7 @@ import trio
 from udf.driver.memory import create_memfds
 from udf.supervisor.bell import Bell
 from udf.supervisor.generation import Generation
-from udf.supervisor.plan import MountPlan
+from udf.supervisor.plan import DriverPlan
 from udf.supervisor.spares import Spares
 
 TERM_GRACE = 2.0  # after SIGTERM
@@ -24,9 +24,9 @@ log = logging.getLogger("udf.mounts")
 
 
 class Hosts:
-    """Every process that is, was or may become the mount's driver."""
+    """Every process that is, was or may become the endpoint's driver."""
 
-    def __init__(self, plan: MountPlan, bell: Bell, on_fault: Callable[[str, str], bool]) -> None:
+    def __init__(self, plan: DriverPlan, bell: Bell, on_fault: Callable[[str, str], bool]) -> None:
         self.store: list[int] = []  # the memfds of the state store, for each generation
         self.alive: list[Generation] = []  # all whose end is not certain
         self.stuck: list[Generation] = []  # those of them that served and cannot be ended
@@ -39,7 +39,7 @@ class Hosts:
         self._reaper: trio.Nursery | None = None
 
     def open(self, nursery: trio.Nursery, reaper: trio.Nursery) -> None:
-        """Begin. `nursery` ends with the mount, `reaper` outlives it."""
+        """Begin. `nursery` ends with the endpoint, `reaper` outlives it."""
         self._nursery, self._reaper = nursery, reaper
         if self._plan.durability == "store":
             self.store = create_memfds(self._plan.name)
@@ -54,7 +54,7 @@ class Hosts:
 
     @property
     def nursery(self) -> trio.Nursery:
-        """For tasks that end with the mount."""
+        """For tasks that end with the endpoint."""
         assert self._nursery is not None
         return self._nursery
 
@@ -116,7 +116,7 @@ class Hosts:
         for fd in self.store:
             os.close(fd)
         self.store.clear()
-        self._on_fault = _nobody  # it is the mount's own: a circle that would keep the mount in memory
+        self._on_fault = _nobody  # it is the endpoint's own: a circle that would keep it in memory
         return in_time
 
     async def _end(self, generation: Generation, grace: float) -> bool:

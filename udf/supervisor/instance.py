@@ -50,6 +50,7 @@ class Reason(enum.StrEnum):
     QUARANTINE = "quarantine"  # the driver died too often by its own making
     STUCK = "stuck"  # the driver's process waits in the kernel and cannot be ended
     SHUTDOWN = "shutdown"  # the supervisor ends
+    UNPLUGGED = "unplugged"  # the device is gone
 
 
 # The only transitions there are. GONE is final: a name may be used again, by another Instance.

@@ -1,19 +1,23 @@
-"""What a mount will be: a request that has passed every check, and how starting or ending one can be refused.
+"""What a mount, a block service or a terminal will be, and how starting or ending one can be refused.
 
-Owns: the plan, its translation into the first messages to host and shim, and the two errors of a mount's life.
-Must never: do I/O. Called by: registry.py (makes it), mounts.py (carries it out), control.py (shows it).
+Owns: the plans (requests that have passed every check), their translation into the first messages to host and shim, and
+the two errors of an endpoint's life.
+Must never: do I/O. Called by: registry.py and devices' makers (make them), endpoint.py and its three kinds (carry them
+out), control.py (shows them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from udf import messages
 from udf.errors import UserError
 from udf.supervisor import options as mount_options
 from udf.supervisor import spawn
 from udf.supervisor.instance import Reason
+from udf.supervisor.lease import Lease
 from udf.supervisor.options import MountOptions
 
 HEARTBEAT = 1.0
@@ -37,11 +41,10 @@ class BusyError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MountPlan:
-    """A request that has passed every check: all that is needed to start."""
+class DriverPlan:
+    """Which driver to run on what, whatever it serves."""
 
     name: str
-    mountpoint: str
     driver_name: str
     driver: messages.DriverSpec
     source: str | None
@@ -49,18 +52,18 @@ class MountPlan:
     asked_options: dict[str, str]  # as the operator wrote them, for `udf status`
     options: MountOptions
     owner: spawn.Identity
-    shim_as: spawn.Identity | None  # another user than ours: the shim mounts with that user's rights only
     sandbox: messages.Sandbox
     environment: Mapping[str, str]
-    exclusive: bool = False
-    acl: bool = False
-    locks: bool = False
-    open: str = "known"
     durability: str = "none"
-    stable_nodes: bool = False
-    inodes: str = "stable"
     deadline: float = 30.0
     start_timeout: float = 30.0
+    lease: Lease | None = None  # the device that it drives
+    place: Path | None = None  # a directory that is made for it and goes with it
+
+    @property
+    def where(self) -> str:
+        """Where programs find what it serves, as a path."""
+        return str(self.place)
 
     def start_message(self, *, spare: bool = False) -> messages.Start:
         """What a driver host is told first."""
@@ -73,7 +76,27 @@ class MountPlan:
             heartbeat=HEARTBEAT,
             spare=spare,
             store=self.durability == "store",
+            device=None if self.lease is None else self.lease.spec,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountPlan(DriverPlan):
+    """A filesystem on a mountpoint."""
+
+    mountpoint: str
+    shim_as: spawn.Identity | None  # another user than ours: the shim mounts with that user's rights only
+    exclusive: bool = False
+    acl: bool = False
+    locks: bool = False
+    open: str = "known"
+    stable_nodes: bool = False
+    inodes: str = "stable"
+
+    @property
+    def where(self) -> str:
+        """Where programs find what it serves, as a path."""
+        return self.mountpoint
 
     def mount_message(self, ready: messages.Ready) -> messages.Mount:
         """What the shim is told, with the options that a foreign program has asked for."""
@@ -105,3 +128,27 @@ class MountPlan:
             inodes=self.inodes,
             patience=chosen.patience,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan(DriverPlan):
+    """Block devices behind a socket, and a mount that shows them as files."""
+
+    socket: Path
+    files: MountPlan | None = None
+
+    def serve_message(self) -> messages.Serve:
+        """What the shim is told; the socket and the link come with it."""
+        return messages.Serve(
+            name=self.name,
+            driver=self.driver_name,
+            read_only=self.options.read_only,
+            deadline=self.deadline,
+            start_timeout=self.start_timeout,
+            patience=self.options.patience,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TerminalPlan(DriverPlan):
+    """A terminal by a stable name."""

@@ -1,13 +1,17 @@
-"""The generations of one mount's driver: the first one, and a new one for each that is lost.
+"""The generations of one endpoint's driver: the first one, and a new one for each that is lost.
 
-Owns: which process is the driver, its certain end before another one may touch the source, and the mount's states
-RECOVERING, ACTIVE and FAILED after its start.
-Must never: let two generations serve at once, wait for a driver without a bound, or start one when the mount ends.
-Called by: mounts.py.
+Owns: which process is the driver, its certain end before another one may touch the source or the device, and the
+endpoint's states RECOVERING, ACTIVE, DETACHED and FAILED after its start.
+Must never: let two generations serve at once, wait for a driver without a bound, start one when the endpoint ends, or
+know what is served (front.py says what it has to know).
+Called by: endpoint.py.
 
-The order of a recovery, of which each step waits for the one before: the old host is dead for certain → the policy
-lets a new one start (its process may stand already, but it has no link and has touched nothing) → it says READY → the
-shim has said that the old link is drained → `attach` → `attached`.
+The order of a recovery, of which each step waits for the one before: the old host is dead for certain → its connection
+to the device is shut down → the policy lets a new one start (its process may stand already, but it has no link and has
+touched nothing) → it has a connection of its own, and says READY → the front has said that the old link is drained →
+`attach` → `attached`. A device that is gone ends this at any point: see `_detach`.
+
+A little over 400 lines: each step is a few lines, and their order is what there is to read.
 """
 
 from __future__ import annotations
@@ -16,50 +20,54 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import trio
 
 from udf import messages
-from udf.errors import UserError
-from udf.supervisor import crashes, spawn
+from udf.errors import DeviceGone, UserError
+from udf.supervisor import crashes
 from udf.supervisor.bell import Bell
 from udf.supervisor.crashes import CrashLog
+from udf.supervisor.front import Front
 from udf.supervisor.generation import Generation
 from udf.supervisor.hosts import TERM_GRACE, Hosts
 from udf.supervisor.instance import Instance, Reason, State
+from udf.supervisor.lease import Tenancy
 from udf.supervisor.output import sentence
-from udf.supervisor.plan import MountPlan
+from udf.supervisor.plan import DriverPlan
 from udf.supervisor.restart import Death, Decision, History, Kind
-from udf.supervisor.shim import Shim
 
 HOST_SILENCE = 10  # heartbeats; counted in our own ticks, so that our own sleep is never taken for a driver's
 LINK_GRACE = 2.0  # between the end of a process and the end of its link, whichever is seen first
 LAST_WORDS = 0.2  # after a death of its own making, for what it printed
 STOP_GRACE = 5.0  # for the host to end after `stop`
+UNPLUG_GRACE = 0.2  # for a driver to see that its device is gone, before it is ended
+CUT_GRACE = 0.05  # between the end of a connection and the bus's word that the device is gone
 
 log = logging.getLogger("udf.mounts")
 _NOTHING_LOST = messages.LinkLost()
 
 
 class Recovery:
-    """The driver of one mount, whatever process that is."""
+    """The driver of one endpoint, whatever process that is."""
 
     def __init__(
         self,
-        plan: MountPlan,
-        mount: Instance,
+        plan: DriverPlan,
+        endpoint: Instance,
         driver: Instance,
-        shim: Shim,
+        front: Front,
         bell: Bell,
         on_fault: Callable[[str, str], bool],
     ) -> None:
-        self.generation = 0  # the last one that the shim was offered
+        self.generation = 0  # the last one that the front was offered
         self.crashes = CrashLog()
         self.cut_off = False  # the last driver had to be ended by a signal
         self._plan = plan
-        self._mount = mount
+        self._endpoint = endpoint
         self._driver = driver
-        self._shim = shim
+        self._front = front
         self._bell = bell
         self._hosts = Hosts(plan, bell, on_fault)
         self._history = History()
@@ -69,22 +77,38 @@ class Recovery:
         self._restart_asked = False
         self._failures = 0  # starts that failed
         self._is_ending = False
+        self.is_detached = False  # the device is gone, and everybody has been told
+        self._unplugged = False
+        self._tenancy: Tenancy | None = None
+        if plan.lease is not None:
+            self._tenancy = Tenancy(plan.lease, bell)
+            plan.lease.tell(bell.ring)
 
     # ---- the first generation
 
     def start_first(self, nursery: trio.Nursery, reaper: trio.Nursery) -> Generation:
-        """Start the process of the first generation; the mount's start decides what its failure means."""
+        """Start the process of the first generation; the endpoint's start decides what its failure means."""
         self._hosts.open(nursery, reaper)
         self._serving = self._hosts.new()
         self._show(self._serving)
         return self._serving
 
-    async def serve_first(self, generation: Generation, link: int) -> None:
-        """Tell it to serve."""
-        await generation.serve(link, self._hosts.store)
+    async def serve(self, generation: Generation, link: int) -> None:
+        """Give it all that it needs, with a connection of its own to the device, and tell it to serve."""
+        device: list[int] = []
+        if self._tenancy is not None:
+            try:
+                device.append(await self._tenancy.open(self._hosts.nursery))
+            except DeviceGone:
+                self._bell.ring()  # it is not the generation's failure, and it is not told to serve
+                return
+            except OSError as exc:
+                generation.condemn(Kind.REFUSED, f"the device cannot be opened: {exc.strerror or exc}")
+                return
+        await generation.serve(link, *device, *self._hosts.store)
 
     def first_serves(self) -> None:
-        """The mount is made."""
+        """The endpoint can be used."""
         assert self._serving is not None
         self.generation = 1
         self._serving.serves(1)
@@ -101,10 +125,20 @@ class Recovery:
         """The process that stands ready, if there is one."""
         return self._hosts.spares.pid
 
+    @property
+    def is_unplugged(self) -> bool:
+        """Whether the device is gone, its own or that of what it depends on."""
+        return self._unplugged or (self._tenancy is not None and self._tenancy.lease.gone)
+
+    def unplug(self) -> None:
+        """The device of what it depends on is gone."""
+        self._unplugged = True
+        self._bell.ring()
+
     def tick(self) -> None:
         """A heartbeat is due from the driver that serves: silence and a loop that stands still are a hang."""
         serving = self._serving
-        if serving is None or self._mount.state is not State.ACTIVE:
+        if serving is None or self._endpoint.state is not State.ACTIVE:
             return
         serving.tick()
         if serving.process.silent > HOST_SILENCE:
@@ -127,39 +161,53 @@ class Recovery:
         """A request was answered EIO because drivers died at it."""
         what = f"{operation} {path}".rstrip()
         self.crashes.add_poison(what)
-        self._mount.tell("poison", operation, f"{what} was given up: the driver died at it each time")
+        self._endpoint.tell("poison", operation, f"{what} was given up: the driver died at it each time")
         log.warning("%s: %s was given up, because the driver died at it each time", self._plan.name, what)
 
     # ---- the loop
 
     async def run(self) -> None:
-        """Replace each driver that is lost, until the mount ends."""
+        """Replace each driver that is lost, until the endpoint ends or its device is gone."""
         if self._plan.options.spare:
-            self._hosts.keep_spare(lambda: self._mount.state is State.ACTIVE, self._over)
+            self._hosts.keep_spare(lambda: self._endpoint.state is State.ACTIVE, self._over)
         while True:
             await self._bell.until(lambda: self._over() or self._restart_asked or self._is_lost())
             if not self._restart_asked and not self._over():
                 await self._hear_both_ends()
+            if not self._over():
+                await self._replace()
+            if self.is_unplugged and not self._is_ending:
+                await self._detach()
             if self._over():
                 return
-            await self._replace()
 
     def _over(self) -> bool:
-        return self._is_ending or self._shim.is_over
+        return self._is_ending or self._front.is_over or self.is_unplugged
 
     def _is_lost(self) -> bool:
-        return self._serving is not None and (self._serving.is_lost or not self._shim.linked)
+        return self._serving is not None and (
+            self._serving.is_lost or not self._front.linked or (self._tenancy is not None and self._tenancy.is_cut)
+        )
 
     async def _hear_both_ends(self) -> None:
-        """A death shows twice, at the process and at the link. The end of the mount itself may show as the first."""
+        """A death shows twice, at the process and at the link. The end of the mount itself may show as the first.
+
+        With a device it may show three times, and the end of the connection may be that of the device.
+        """
         serving = self._serving
         assert serving is not None
+        if self._tenancy is not None and self._tenancy.is_cut and not serving.is_lost:
+            if await self._bell.within(CUT_GRACE, lambda: self._over() or serving.is_lost) and self._over():
+                return
+            serving.condemn(Kind.EXTERNAL, "the connection to the device ended")
+        if serving.is_ended:
+            self._front.driver_ended()
         if serving.is_ended or not serving.is_lost:
             await self._bell.within(
                 LINK_GRACE,
                 lambda: (
                     self._over()
-                    or (serving.is_ended and not self._shim.linked)
+                    or (serving.is_ended and not self._front.linked)
                     or (serving.is_lost and not serving.is_ended)
                 ),
             )
@@ -191,7 +239,7 @@ class Recovery:
             if not await self._is_gone(old, 0):
                 return
             self._counted = kind.is_counted
-            await self._bell.within(LINK_GRACE, lambda: self._over() or not self._shim.linked)
+            await self._bell.within(LINK_GRACE, lambda: self._over() or not self._front.linked)
             decision = self._note_death(old, kind, text)
         await self._bring_back(begun, decision)
 
@@ -199,7 +247,7 @@ class Recovery:
         """Start generation after generation as the policy says, until one serves or it says stop."""
         while not self._over():
             if decision.quarantine:
-                text = f"{self._mount.text}; it died too often and is not started again: see `udf crashes`"
+                text = f"{self._endpoint.text}; it died too often and is not started again: see `udf crashes`"
                 await self._give_up(Reason.QUARANTINE, text)
                 return
             if decision.delay:
@@ -226,12 +274,12 @@ class Recovery:
             self._bell.ring()
 
     async def _try(self, generation: Generation) -> messages.Attached | None:
-        """Have it serve and the shim take it. None: it did not come to that, and it is or must be ended."""
+        """Have it serve and the front take it. None: it did not come to that, and it is or must be ended."""
         self._show(generation)
         self._driver.note("waiting for ready")
-        shim_end, driver_end = spawn.link_pair()
-        with shim_end, driver_end:
-            await generation.serve(driver_end.fileno(), self._hosts.store)
+        our_end, driver_end = self._front.link()
+        with closing(our_end), closing(driver_end):
+            await self.serve(generation, driver_end.fileno())
             driver_end.close()
             if not await self._bell.within(
                 self._plan.start_timeout,
@@ -239,35 +287,35 @@ class Recovery:
             ):
                 generation.condemn(Kind.HUNG, f"the driver was not ready within {self._plan.start_timeout:g} s")
             # Only now: what the old generation had answered counts before anything is asked again.
-            await self._bell.until(lambda: not self._shim.linked or generation.cannot_start or self._over())
+            await self._bell.until(lambda: not self._front.linked or generation.cannot_start or self._over())
             if generation.cannot_start or self._over():
                 return None
             self.generation += 1
             generation.number = self.generation
-            self._driver.note("waiting for the shim to take it")
-            await self._shim.attach(self.generation, counted=self._counted, link=shim_end.fileno())
-        return await self._answer_of_shim(generation)
+            self._driver.note("waiting for its front to take it")
+            await self._front.attach(self.generation, counted=self._counted, link=our_end.fileno())
+        return await self._answer_of_front(generation)
 
-    async def _answer_of_shim(self, generation: Generation) -> messages.Attached | None:
-        shim, limit = self._shim, self._plan.start_timeout + LINK_GRACE
+    async def _answer_of_front(self, generation: Generation) -> messages.Attached | None:
+        front, limit = self._front, self._plan.start_timeout + LINK_GRACE
 
         def answered() -> bool:
-            return self._over() or (shim.answer is not None and shim.answer.generation == generation.number)
+            return self._over() or (front.answer is not None and front.answer.generation == generation.number)
 
-        if not await self._bell.within(limit, lambda: answered() or not shim.linked or generation.is_lost):
+        if not await self._bell.within(limit, lambda: answered() or not front.linked or generation.is_lost):
             generation.condemn(Kind.HUNG, f"the driver did not answer INIT within {limit:g} s")
         if self._over():
             return None
-        if isinstance(shim.answer, messages.Attached) and answered():
-            return shim.answer  # should it be dead by now, that is the death of one that served
+        if isinstance(front.answer, messages.Attached) and answered():
+            return front.answer  # should it be dead by now, that is the death of one that served
         # The end of a process closes its link, so what looks like a breach may be a death that shows in a moment.
         await self._bell.within(LAST_WORDS, lambda: generation.is_lost or self._over())
-        error = shim.answer.error if isinstance(shim.answer, messages.Refused) else "it closed its link"
-        generation.condemn(Kind.CONTRACT, f"the mount cannot go on with this driver: {sentence(error)}")
-        # The shim must have let go of this link before it is offered another one.
+        error = front.answer.error if isinstance(front.answer, messages.Refused) else "it closed its link"
+        generation.condemn(Kind.CONTRACT, f"the {self._endpoint.kind} cannot go on with this driver: {sentence(error)}")
+        # The front must have let go of this link before it is offered another one.
         generation.kill()
-        await self._bell.until(lambda: answered() or not shim.linked)
-        return shim.answer if isinstance(shim.answer, messages.Attached) and not self._over() else None
+        await self._bell.until(lambda: answered() or not front.linked)
+        return front.answer if isinstance(front.answer, messages.Attached) and not self._over() else None
 
     def _serves(self, generation: Generation, attached: messages.Attached, begun: float) -> None:
         generation.serves(attached.generation)
@@ -277,7 +325,7 @@ class Recovery:
         text = f"generation {attached.generation} after {pause:.1f} ms"
         if attached.replayed or attached.parked:
             text += f"; requests asked again: {attached.replayed}, that had waited: {attached.parked}"
-        self._mount.change(
+        self._endpoint.change(
             State.ACTIVE,
             Reason.READY,
             text,
@@ -291,8 +339,11 @@ class Recovery:
     # ---- ends
 
     async def _is_gone(self, generation: Generation, grace: float) -> bool:
-        """End it for certain. If that is not to be had the mount is FAILED: there is never a second writer."""
+        """End it for certain. If that is not to be had the endpoint is FAILED: there is never a second writer."""
         if await self._hosts.bury(generation, grace):
+            if self._tenancy is not None:
+                self._tenancy.fence()
+            self._front.driver_ended()
             return True
         if not self._over():
             pid = generation.instance.pid
@@ -305,7 +356,7 @@ class Recovery:
         """Report a certain death and ask the policy what follows."""
         now = trio.current_time()
         self._history = self._history.after(Death(now, kind, generation.served))
-        lost = self._shim.lost if generation.served is not None else None
+        lost = self._front.lost if generation.served is not None else None
         report = self.crashes.add(time.time(), generation, kind, text, lost or _NOTHING_LOST)
         self._hosts.nursery.start_soon(self._read_out, generation, report)
         self._driver.tell(
@@ -317,8 +368,8 @@ class Recovery:
             restarts_left=self.restarts_left,
         )
         log.log(logging.ERROR if kind.is_counted else logging.INFO, "%s: %s", self._plan.name, text)
-        if self._mount.state is State.RECOVERING:
-            self._mount.note(text)
+        if self._endpoint.state is State.RECOVERING:
+            self._endpoint.note(text)
         return self._history.decide(now, random.uniform(-1.0, 1.0))  # noqa: S311 - spreads starts, guards nothing
 
     async def _read_out(self, generation: Generation, report: crashes.CrashReport) -> None:
@@ -331,11 +382,11 @@ class Recovery:
         if self._over():
             return
         self._enter(State.FAILED, reason, text)
-        await self._shim.process.send(messages.Fail(text=text))
+        await self._front.fail(text)
         self._bell.ring()
 
     def _enter(self, state: State, reason: Reason, text: str) -> None:
-        for instance in (self._driver, self._mount):
+        for instance in (self._driver, self._endpoint):
             if instance.state is not state:
                 instance.change(state, reason, text)
 
@@ -344,15 +395,45 @@ class Recovery:
             self._hosts.prestart()
 
     def _show(self, generation: Generation) -> None:
-        """The mount's driver instance shows this process from now on."""
+        """The endpoint's driver instance shows this process from now on."""
         self._driver.process = generation.instance
+
+    # ---- the device is gone
+
+    async def _detach(self) -> None:
+        """Programs are told first, then the driver; what follows is decided here and nowhere else.
+
+        The instance ends at once: `is_detached` makes endpoint.py end it. A grace time in which the same device may
+        come back and go on with open files would be waited for here, in DETACHED, before that.
+        """
+        text = "the device was unplugged"
+        log.info("%s: %s", self._plan.name, text)
+        self._enter_detached(text)
+        await self._front.detach(text)
+        self._hosts.drop_next()
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            if self._tenancy is not None:
+                self._tenancy.cut()  # a bus may be quicker to tell us than to end the connection
+            if not serving.is_lost:
+                await serving.stop(UNPLUG_GRACE)
+            serving.kill()
+        if self._tenancy is not None:
+            self._tenancy.fence()
+        self.is_detached = True
+        self._bell.ring()
+
+    def _enter_detached(self, text: str) -> None:
+        for instance in (self._driver, self._endpoint):
+            if instance.can(State.DETACHED):
+                instance.change(State.DETACHED, Reason.UNPLUGGED, text)
 
     # ---- what the operator asks
 
     async def restart(self) -> int:
         """A new generation, whatever the state, and a clean history; its number. UserError if there is none."""
         if not await self._hosts.bury_stuck():
-            raise UserError(f"{self._plan.name} cannot be restarted: {self._mount.text}")
+            raise UserError(f"{self._plan.name} cannot be restarted: {self._endpoint.text}")
         failures = self._failures
         self._restart_asked = True
         self._hosts.spares.reset()
@@ -361,16 +442,18 @@ class Recovery:
             lambda: (
                 self._over()
                 or self._failures > failures
-                or (not self._restart_asked and self._mount.state in (State.ACTIVE, State.FAILED))
+                or (not self._restart_asked and self._endpoint.state in (State.ACTIVE, State.FAILED))
             )
         )
+        if self.is_unplugged:
+            raise UserError(f"the device of {self._plan.name} was unplugged before its driver was restarted")
         if self._over():
             raise UserError(f"{self._plan.name} was unmounted before its driver was restarted")
-        if self._mount.state is not State.ACTIVE:
-            raise UserError(f"the driver of {self._plan.name} was not restarted: {self._mount.text}")
+        if self._endpoint.state is not State.ACTIVE:
+            raise UserError(f"the driver of {self._plan.name} was not restarted: {self._endpoint.text}")
         return self.generation
 
-    # ---- the end of the mount
+    # ---- the end of the endpoint
 
     async def end(self) -> None:
         """End every process, the one that serves in order. Bounded in time."""
@@ -386,8 +469,11 @@ class Recovery:
                 grace,
             )
         self._serving = self._trying = None
+        if self._tenancy is not None:
+            self._tenancy.fence()
+            self._tenancy.lease.close()
 
 
-def stop_grace(plan: MountPlan) -> float:
+def stop_grace(plan: DriverPlan) -> float:
     """Seconds for the host to end; a foreign program may have to save, and that takes as long as a request may."""
     return STOP_GRACE if plan.driver.command is None else max(STOP_GRACE, plan.deadline)

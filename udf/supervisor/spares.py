@@ -14,7 +14,7 @@ import trio
 
 from udf.supervisor.bell import Bell
 from udf.supervisor.generation import Generation
-from udf.supervisor.plan import MountPlan
+from udf.supervisor.plan import DriverPlan
 from udf.supervisor.restart import Death, Decision, History
 
 REST = 0.05  # seconds after the mount's return to ACTIVE
@@ -25,7 +25,7 @@ log = logging.getLogger("udf.mounts")
 class Spares:
     """At most one spare."""
 
-    def __init__(self, plan: MountPlan, bell: Bell) -> None:
+    def __init__(self, plan: DriverPlan, bell: Bell) -> None:
         self._plan = plan
         self._bell = bell
         self._spare: Generation | None = None

@@ -70,9 +70,18 @@ def link_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def start_shim(name: str, control: socket.socket, output: int, run_as: Identity | None) -> Child:
-    """Start a shim. `run_as` is another user than ours: the shim then mounts with that user's rights only."""
+    """Start a mount's shim. `run_as` is another user than ours: it then mounts with that user's rights only."""
+    return _start_shim("udf.shim", name, control, output, run_as)
+
+
+def start_block_shim(name: str, control: socket.socket, output: int) -> Child:
+    """Start the shim of a block driver. It opens nothing itself: its sockets are given to it."""
+    return _start_shim("udf.block.shim", name, control, output, None)
+
+
+def _start_shim(module: str, name: str, control: socket.socket, output: int, run_as: Identity | None) -> Child:
     environment = {"PYTHONPATH": PACKAGE_PARENT, "PATH": _path(), "UDF_INSTANCE": name}
-    argv = [sys.executable, "-P", "-s", "-S", "-m", "udf.shim", str(control.fileno())]
+    argv = [sys.executable, "-P", "-s", "-S", "-m", module, str(control.fileno())]
     child = _start(argv, environment, output, output, run_as, control.fileno())
     _set_oom_score(child.pid, SHIELDED_SCORE)
     return child

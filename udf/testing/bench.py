@@ -27,7 +27,7 @@ from udf.supervisor.generation import Generation
 from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.plan import MountPlan
 from udf.supervisor.recovery import LINK_GRACE, stop_grace
-from udf.supervisor.shim import Listeners, Shim
+from udf.supervisor.shim import Listeners, MountShim
 from udf.testing.program import Program
 from udf.testing.relay import Relay
 from udf.testing.steps import Record, Target
@@ -49,7 +49,7 @@ class Bench:
         self._nursery = nursery
         self._reaper = reaper
         self._bell = Bell()
-        self._shim = Shim(Instance(plan.name, "shim", EventLog()), self._bell)
+        self._shim = MountShim(Instance(plan.name, "shim", EventLog()), self._bell, plan.shim_as)
         self._store = create_memfds(plan.name) if plan.durability == "store" else []
         self._serving: Generation | None = None
         self._next: Generation | None = None
@@ -137,7 +137,7 @@ class Bench:
             detached=lambda: None,
         )
         first = self._serving = self._new()
-        shim.start(self.plan, self._nursery, self._reaper)
+        shim.start(self._nursery, self._reaper)
         shim_end = await self._connect(first)
         with shim_end:
             with trio.move_on_after(self.plan.start_timeout):
@@ -146,8 +146,8 @@ class Bench:
                 raise UserError(first.cause()[1])
             await shim.process.send(self.plan.mount_message(first.ready), [shim_end.fileno()])
         with trio.move_on_after(self.plan.start_timeout):
-            await self._bell.until(lambda: shim.mounted or shim.has_trouble or first.cannot_start)
-        if not shim.mounted:
+            await self._bell.until(lambda: shim.is_up or shim.has_trouble or first.cannot_start)
+        if not shim.is_up:
             raise UserError(shim.failed or first.cause()[1])
         self._number = 1
         first.serves(1)
@@ -170,7 +170,7 @@ class Bench:
         self._watch.waiting.clear()
         with driver_end:
             self._watch.link = os.fstat(driver_end.fileno()).st_ino
-            await generation.serve(driver_end.fileno(), self._store)
+            await generation.serve(driver_end.fileno(), *self._store)
         self._nursery.start_soon(Relay(relay_shim, relay_driver, self._watch).run)
         return shim_end
 
