@@ -6,6 +6,7 @@ loop, or let a file that cannot be read take away what was there. Called by: dev
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -80,9 +81,8 @@ class Offers:
         rules, problems = NO_RULES, []
         for path in rules_files(self._rules):
             try:
-                self._good[path] = await catalog.in_thread(
-                    lambda path=path: read_rules(path, must_exist=self._rules is not None), f"the rules file {path}"
-                )
+                reading = functools.partial(read_rules, path, must_exist=self._rules is not None)
+                self._good[path] = await catalog.in_thread(reading, f"the rules file {path}")
             except UserError as exc:
                 problems.append(str(exc))
             rules = rules.followed_by(self._good.get(path, NO_RULES))
