@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from udf.errors import UserError
-from udf.manifest import Manifest, check_manifest, check_requires, driver_options, read_manifest
+from udf.manifest import Manifest, Match, check_manifest, check_requires, driver_options, read_manifest
 from udf.manifest.size import parse_size
 
 GOOD: dict[str, Any] = {"kind": "fs", "interface": 1, "class": "Good"}
+USB: dict[str, Any] = {**GOOD, "kind": "usb", "match": [{"vendor": 0x1209, "product": 0x7E57}]}
+BLOCK: dict[str, Any] = {**GOOD, "kind": "block", "source": "file"}
 FOREIGN: dict[str, Any] = {"kind": "fs", "interface": 1, "command": "prog {mountpoint}"}
 
 
@@ -36,10 +38,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"kind": None}, "'kind' is missing"),
     ({"interface": None}, "'interface' is missing"),
     ({"class": None}, "'class' is missing"),
-    ({"kind": "network"}, "'kind' must be one of fs, not 'network'"),
+    ({"kind": "network"}, "'kind' must be one of fs, block, usb, not 'network'"),
     ({"kind": 7}, "'kind' must be one of fs"),
-    ({"kind": "usb"}, "'kind' is 'usb', which this version of udf cannot run yet"),
-    ({"kind": "block"}, "'kind' is 'block', which this version of udf cannot run yet"),
     ({"interface": 2}, "'interface' is 2, but this version of udf speaks 1"),
     ({"interface": "1"}, "'interface' must be a whole number"),
     ({"interface": True}, "'interface' must be a whole number"),
@@ -49,7 +49,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"command": "prog {mountpoint}"}, "'command' is not a key of interface 1 for a Python file"),
     ({"description": 7}, "'description' must be a printable text"),
     ({"description": "a\nb"}, "'description' must be a printable text"),
-    ({"source": "floppy"}, "'source' must be one of none, directory, file, device, url, any"),
+    ({"source": "floppy"}, "'source' must be one of none, directory, file, block, device, url, any"),
     ({"capabilities": "CAP_CHOWN"}, "'capabilities' must be a list of texts"),
     ({"capabilities": ["CAP_EVERYTHING"]}, "names 'CAP_EVERYTHING', which is not a capability"),
     ({"capabilities": ["CAP_SYS_ADMIN"]}, "asks for CAP_SYS_ADMIN, which no driver gets"),
@@ -66,7 +66,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"deadline": float("nan")}, "'deadline' must be a number of seconds"),
     ({"deadline": 1e9}, "'deadline' must be a number of seconds"),
     ({"requires": "prog"}, "'requires' must be a list of texts"),
-    ({"requires": ["/bin/sh"]}, "names '/bin/sh', which is not the name of a program"),
+    ({"requires": ["/bin/sh"]}, "names '/bin/sh', which is neither a program on PATH nor drivers:NAME"),
     ({"clas": "Typo"}, "'clas' is not a key of interface 1: remove it, or put it below [optional]"),
     ({"optional": 7}, "'optional' must be a table"),
     ({"optional": {"exclusive": 7}}, "'exclusive' must be true or false"),
@@ -85,6 +85,97 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"option": {"size": {"type": "size", "default": -1}}}, "'option.size.default' must be of type size"),
     ({"option": {"size": {"type": "bool", "default": 1}}}, "'option.size.default' must be of type bool"),
 ]
+
+DEVICE_MISTAKES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (USB, {"match": None}, "'match' is missing: a driver of kind usb says which devices"),
+    (USB, {"match": []}, "'match' must be a list such as"),
+    (USB, {"match": {"vendor": 1}}, "'match' must be a list such as"),
+    (USB, {"match": [7]}, "'match[0]' must be a table such as"),
+    (USB, {"match": [{"vendor": 1}] * 201}, "'match' has 201 entries, more than 200"),
+    (USB, {"match": [{"vendor": 1}, {"vendor": 0x10000}]}, "'match[1].vendor' must be a number from 0 to 0xffff"),
+    (USB, {"match": [{"vendor": "1209"}]}, "'match[0].vendor' must be a number"),
+    (USB, {"match": [{"vendor": True}]}, "'match[0].vendor' must be a number"),
+    (USB, {"match": [{"class": 256}]}, "'match[0].class' must be a number from 0 to 0xff"),
+    (USB, {"match": [{"product": 1}]}, "'match[0].product' means nothing without vendor"),
+    (USB, {"match": [{"class": 8, "protocol": 80}]}, "'match[0].protocol' means nothing without subclass"),
+    (USB, {"match": [{"subclass": 6}]}, "'match[0].subclass' means nothing without class"),
+    (USB, {"match": [{"serial": "x"}]}, "'match[0]' names neither a vendor nor a class"),
+    (USB, {"match": [{}]}, "'match[0]' names neither a vendor nor a class"),
+    (USB, {"match": [{"vendor": 1, "serial": ""}]}, "'match[0].serial' must be a printable text"),
+    (USB, {"match": [{"vendor": 1, "serial": "a\nb"}]}, "'match[0].serial' must be a printable text"),
+    (USB, {"match": [{"vendor": 1, "serial": "x" * 127}]}, "'match[0].serial' must be a printable text"),
+    (USB, {"match": [{"vendor": 1, "device": 1}]}, "'match[0].device' must be true or false"),
+    (USB, {"match": [{"vendor": 1, "device": True, "interface": 0}]}, "'match[0].interface' contradicts device"),
+    (USB, {"match": [{"vendor": 1, "any": True}]}, "'match[0].any' makes no sense beside a vendor"),
+    (USB, {"match": [{"vendor": 1, "colour": "red"}]}, "'match[0].colour' is not known there"),
+    (USB, {"source": "file"}, "'source' is 'file', but the source of a driver of kind usb is its device"),
+    (USB, {"provides": "coffee"}, "'provides' must be one of files, block, terminal"),
+    (USB, {"names": "Disk"}, "'names' must be a short word of small letters"),
+    (USB, {"names": "disk1"}, "'names' must be a short word of small letters"),
+    (USB, {"names": "../x"}, "'names' must be a short word of small letters"),
+    (USB, {"names": 7}, "'names' must be a short word of small letters"),
+    (USB, {"requires": ["drivers:../x"]}, "'requires' names 'drivers:../x'"),
+    (USB, {"filesystems": ["ext4"]}, "'filesystems' is for drivers of kind fs, and this one is of kind usb"),
+    (BLOCK, {"match": [{"vendor": 1}]}, "'match' is for drivers of kind usb, and this one is of kind block"),
+    (BLOCK, {"provides": "files"}, "'provides' is 'files', and a driver of kind block provides \"block\""),
+    (BLOCK, {"source": None}, "'source' is missing: a driver of kind block"),
+    (BLOCK, {"requires": ["drivers:usb_storage"]}, "'requires' names drivers, which only a driver of kind usb"),
+    (GOOD, {"match": [{"vendor": 1}]}, "'match' is for drivers of kind usb, and this one is of kind fs"),
+    (GOOD, {"provides": "files"}, "'provides' is for drivers of kinds usb and block"),
+    (GOOD, {"names": "disk"}, "'names' is for drivers of kinds usb and block"),
+    (GOOD, {"filesystems": ["ext4"]}, "'filesystems' needs a source in which they are"),
+    (GOOD, {"source": "block", "filesystems": ["EXT 4"]}, "'filesystems' names 'EXT 4', which is not a filesystem"),
+    (GOOD, {"source": "block", "filesystems": "ext4"}, "'filesystems' must be a list of texts"),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "expected"), DEVICE_MISTAKES, ids=[text[:50] for _, _, text in DEVICE_MISTAKES]
+)
+def test_each_wrong_key_of_a_device_driver_is_one_sentence(
+    base: dict[str, Any], changes: dict[str, Any], expected: str
+) -> None:
+    table = {key: value for key, value in {**base, **changes}.items() if value is not None}
+    text = sentence(check_manifest, table, "/drivers/x.py", "x", foreign=False)
+    assert text.startswith("/drivers/x.py: the manifest key ")
+    assert expected in text
+
+
+def test_a_program_cannot_be_a_device_driver() -> None:
+    text = sentence(check_manifest, {**FOREIGN, "kind": "usb"}, "/drivers/x.toml", "x", foreign=True)
+    assert "'kind' is 'usb', which only a Python driver can be" in text
+
+
+def test_device_drivers_say_what_they_are_for_and_what_they_provide() -> None:
+    storage = check_manifest(
+        {
+            **USB,
+            "match": [{"class": 8, "subclass": 6, "protocol": 0x50}, {"vendor": 1, "serial": "A*"}],
+            "provides": "block",
+            "names": "disk",
+            "requires": ["sh", "drivers:hub"],
+        },
+        "/d/usb_storage/__init__.py",
+        "usb_storage",
+        foreign=False,
+    )
+    assert (storage.kind, storage.provides, storage.names) == ("usb", "block", "disk")
+    assert storage.match == (Match(class_code=8, subclass=6, protocol=0x50), Match(vendor=1, serial="A*"))
+    assert [entry.whole_device for entry in storage.match] == [False, True]
+    assert [str(entry) for entry in storage.match] == ["interface class 08/06/50", "vendor 0001, serial 'A*'"]
+    check_requires(storage)  # a driver that is waited for is no program
+    image = check_manifest({**BLOCK, "class": "Image"}, "/d/image.py", "image", foreign=False)
+    assert (image.provides, image.names, image.source) == ("block", "image", "file")
+    fat = check_manifest({**GOOD, "source": "block", "filesystems": ["vfat"]}, "/d/fat.py", "fat", foreign=False)
+    assert (fat.source, fat.filesystems, fat.provides, fat.names) == ("block", ("vfat",), "files", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("thermometer", "thermometer"), ("My.Thing-2", "my-thing"), ("7", "device"), ("x" * 60, "x" * 31)],
+)
+def test_instances_are_called_as_their_driver_unless_it_says_otherwise(name: str, names: str) -> None:
+    assert check_manifest(USB, "/d/x.py", name, foreign=False).names == names
 
 
 @pytest.mark.parametrize(("changes", "expected"), MISTAKES, ids=[text[:50] for _, text in MISTAKES])

@@ -19,6 +19,8 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.fuse": ("udf.fuse",),
     "udf.shim": ("udf.fuse", "udf.shim"),
     "udf.usb": ("udf.usb", "udf.errors", "udf.messages"),
+    "udf.usb.matching": ("udf.usb", "udf.manifest"),
+    "udf.usb.rules": ("udf.usb", "udf.errors", "udf.manifest"),
     "udf.block": ("udf.block", "udf.driver.block", "udf.errors"),
     "udf.block.shim": ("udf.block", "udf.errors"),
     "udf.driver": ("udf.driver", "udf.errors"),

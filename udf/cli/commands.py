@@ -72,7 +72,7 @@ def mount(arguments: argparse.Namespace) -> int:
 def _guess_driver(source: str, drivers: list[Row]) -> str:
     """The one driver that takes such a source."""
     kind = _source_kind(source)
-    fitting = [str(driver["name"]) for driver in drivers if driver["source"] == kind]
+    fitting = [str(driver["name"]) for driver in drivers if driver["source"] == kind and driver["kind"] == "fs"]
     if len(fitting) == 1:
         return fitting[0]
     found = f"{len(fitting)} drivers take a {kind} ({', '.join(fitting)})" if fitting else f"no driver takes a {kind}"
@@ -188,11 +188,18 @@ def drivers(arguments: argparse.Namespace) -> int:
     if arguments.json:
         show.as_json({"drivers": found, "warnings": warnings})
         return 0
-    rows = [(driver["name"], driver["kind"], driver["source"], driver["description"]) for driver in found]
+    rows = [(driver["name"], driver["kind"], _takes(driver), driver["description"]) for driver in found]
     show.table(("NAME", "KIND", "SOURCE", "DESCRIPTION"), rows)
     for warning in warnings:
         show.complain(warning)
     return 0
+
+
+def _takes(driver: Row) -> str:
+    """The source of a driver; of a usb driver, which devices it is for."""
+    match = list(driver["match"])
+    more = f" (or {len(match) - 1} more)" if len(match) > 1 else ""
+    return f"{match[0]}{more}" if match else str(driver["source"])
 
 
 def _list_drivers(connection: client.Connection | None) -> tuple[list[Row], list[str]]:

@@ -1,17 +1,14 @@
 """Reading one manifest and checking it.
 
-Owns: the block in a .py (or the .toml), and every key of it with one sentence per mistake.
-Must never: run, import or compile driver code, or read more than 64 KiB of a file.
+Owns: every key of a manifest, with one sentence per mistake.
+Must never: run, import or compile driver code.
 Called by: search.py, which finds the files.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import stat
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,16 +17,18 @@ from udf import INTERFACE
 from udf.errors import UserError
 from udf.host.capabilities import NAMES as CAPABILITY_NAMES
 from udf.host.capabilities import REFUSED as REFUSED_CAPABILITIES
+from udf.manifest.match import MAX_ENTRIES, Match, check_entry
 from udf.manifest.size import parse_size
+from udf.manifest.text import MAX_MANIFEST, manifest_block, parse, read_text, shown
 
-MAX_MANIFEST = 64 * 1024
 MAX_DEADLINE = 3600.0
 
 OptionValue = bool | int | float | str
 
-KINDS = ("fs",)
-KNOWN_KINDS = ("block", "usb")  # words of the design that this version does not serve yet
-SOURCES = ("none", "directory", "file", "device", "url", "any")
+KINDS = ("fs", "block", "usb")
+SOURCES = ("none", "directory", "file", "block", "device", "url", "any")
+IMAGE_SOURCES = ("file", "block", "device", "any")  # of which a filesystem can be made out by looking
+PROVIDES = ("files", "block", "terminal")
 OPEN_POLICIES = ("known", "lazy", "driver")
 DURABILITIES = ("source", "store", "none")
 STABILITIES = ("stable", "volatile")
@@ -41,12 +40,13 @@ MOUNT_WORDS = {
     "noauto", "nofail", "user", "nouser", "users", "owner", "group", "async", "default_permissions",
 }  # fmt: skip
 
-_BLOCK = re.compile(r"^# /// udf[ \t]*\r?\n((?:#(?:[ \t][^\n]*)?\r?\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
-_BLOCK_START = re.compile(r"^# /// udf[ \t]*\r?$", re.MULTILINE)
 _DOCSTRING = re.compile(r'^"""([^"\n]{1,200})', re.MULTILINE)  # what a driver without a description is described by
 _OPTION_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,100}\Z")
 _PROGRAM = re.compile(r"[A-Za-z0-9._+-]{1,100}\Z")
+_REQUISITE = re.compile(r"drivers:[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}\Z")
+_FILESYSTEM = re.compile(r"[a-z0-9][a-z0-9._+-]{0,31}\Z")
+_BASE_NAME = re.compile(r"[a-z](?:[a-z0-9_-]{0,30}[a-z_-])?\Z")  # no digit at its end: a number follows
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -83,18 +83,22 @@ class Manifest:
     inodes: str = "stable"
     deadline: float = 30.0
     requires: tuple[str, ...] = ()
+    match: tuple[Match, ...] = ()
+    provides: str = "files"
+    names: str = ""  # the instances of a device driver are called so, with a number behind
+    filesystems: tuple[str, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
 def read_manifest(path: str, name: str) -> Manifest:
     """Read and check the manifest in `path` (a .py or a .toml). UserError says what is wrong in one sentence."""
-    text, whole = _read_text(path)
+    text, whole = read_text(path, "the driver")
     if path.endswith(".toml"):
         if not whole:
             raise UserError(f"{path}: the manifest is larger than {MAX_MANIFEST // 1024} KiB")
-        return check_manifest(_parse(text, path), path, name, foreign=True)
-    manifest = check_manifest(_parse(_block(text, path, whole), path), path, name, foreign=False)
+        return check_manifest(parse(text, path), path, name, foreign=True)
+    manifest = check_manifest(parse(manifest_block(text, path, whole), path), path, name, foreign=False)
     summary = None if manifest.description else _DOCSTRING.search(text)
     return replace(manifest, description=summary[1].strip()) if summary else manifest
 
@@ -105,7 +109,7 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
     rest = dict(table)
     optional = rest.pop("optional", {})
     if not isinstance(optional, dict):
-        raise refuse("optional", f"must be a table of keys, not {_shown(optional)}")
+        raise refuse("optional", f"must be a table of keys, not {shown(optional)}")
     options = rest.pop("option", {})
     known = dict(_KEYS)
     known.update({"command": _text} if foreign else {"class": _class_name})
@@ -132,6 +136,7 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
         raise refuse("durability", 'is "store", which only a Python driver can have: a program has no state store')
     if values.get("durability") == "store" and isinstance(options, dict) and "store" in options:
         raise refuse("option.store", "has the name by which a driver with a state store is given it: choose another")
+    _check_kind(values, name, foreign, refuse)
     return Manifest(
         name=name,
         path=path,
@@ -157,34 +162,28 @@ _Check = Callable[[Any, str, _Refusal], Any]
 
 def _text(value: Any, key: str, refuse: _Refusal) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise refuse(key, f"must be a printable text, not {_shown(value)}")
+        raise refuse(key, f"must be a printable text, not {shown(value)}")
     return value
 
 
 def _flag(value: Any, key: str, refuse: _Refusal) -> bool:
     if not isinstance(value, bool):
-        raise refuse(key, f"must be true or false, not {_shown(value)}")
+        raise refuse(key, f"must be true or false, not {shown(value)}")
     return value
 
 
 def _word(*words: str) -> _Check:
     def check(value: Any, key: str, refuse: _Refusal) -> str:
         if value not in words:
-            raise refuse(key, f"must be one of {', '.join(words)}, not {_shown(value)}")
+            raise refuse(key, f"must be one of {', '.join(words)}, not {shown(value)}")
         return str(value)
 
     return check
 
 
-def _kind(value: Any, key: str, refuse: _Refusal) -> str:
-    if value in KNOWN_KINDS:
-        raise refuse(key, f"is {value!r}, which this version of udf cannot run yet: it runs {', '.join(KINDS)}")
-    return str(_word(*KINDS)(value, key, refuse))
-
-
 def _interface(value: Any, key: str, refuse: _Refusal) -> int:
     if type(value) is not int or value < 1:
-        raise refuse(key, f"must be a whole number from 1, not {_shown(value)}")
+        raise refuse(key, f"must be a whole number from 1, not {shown(value)}")
     if value != INTERFACE:
         raise refuse(key, f"is {value}, but this version of udf speaks {INTERFACE}: update one of the two")
     return value
@@ -192,7 +191,7 @@ def _interface(value: Any, key: str, refuse: _Refusal) -> int:
 
 def _class_name(value: Any, key: str, refuse: _Refusal) -> str:
     if not isinstance(value, str) or not _CLASS_NAME.match(value):
-        raise refuse(key, f"must be the name of a class in the file, not {_shown(value)}")
+        raise refuse(key, f"must be the name of a class in the file, not {shown(value)}")
     return value
 
 
@@ -208,26 +207,50 @@ def _capabilities(value: Any, key: str, refuse: _Refusal) -> tuple[str, ...]:
 
 def _texts(value: Any, key: str, refuse: _Refusal) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise refuse(key, f"must be a list of texts, not {_shown(value)}")
+        raise refuse(key, f"must be a list of texts, not {shown(value)}")
     return tuple(value)
 
 
-def _programs(value: Any, key: str, refuse: _Refusal) -> tuple[str, ...]:
+def _requisites(value: Any, key: str, refuse: _Refusal) -> tuple[str, ...]:
     names = _texts(value, key, refuse)
     for name in names:
-        if not _PROGRAM.match(name):
-            raise refuse(key, f"names {name!r}, which is not the name of a program on PATH")
+        if not _PROGRAM.match(name) and not _REQUISITE.match(name):
+            raise refuse(key, f"names {name!r}, which is neither a program on PATH nor drivers:NAME")
+    return names
+
+
+def _match(value: Any, key: str, refuse: _Refusal) -> tuple[Match, ...]:
+    if not isinstance(value, list) or not value:
+        raise refuse(key, f"must be a list such as [{{ vendor = 0x1209, product = 0x7e57 }}], not {shown(value)}")
+    if len(value) > MAX_ENTRIES:
+        raise refuse(key, f"has {len(value)} entries, more than {MAX_ENTRIES}")
+    return tuple(check_entry(entry, f"{key}[{number}]", refuse) for number, entry in enumerate(value))
+
+
+def _base_name(value: Any, key: str, refuse: _Refusal) -> str:
+    if not isinstance(value, str) or not _BASE_NAME.match(value):
+        raise refuse(
+            key, f"must be a short word of small letters such as disk, which gets a number, not {shown(value)}"
+        )
+    return value
+
+
+def _filesystems(value: Any, key: str, refuse: _Refusal) -> tuple[str, ...]:
+    names = _texts(value, key, refuse)
+    for name in names:
+        if not _FILESYSTEM.match(name):
+            raise refuse(key, f"names {name[:40]!r}, which is not a filesystem such as ext4")
     return names
 
 
 def _deadline(value: Any, key: str, refuse: _Refusal) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_DEADLINE:
-        raise refuse(key, f"must be a number of seconds up to {MAX_DEADLINE:.0f}, not {_shown(value)}")
+        raise refuse(key, f"must be a number of seconds up to {MAX_DEADLINE:.0f}, not {shown(value)}")
     return float(value)
 
 
 _KEYS: dict[str, _Check] = {
-    "kind": _kind,
+    "kind": _word(*KINDS),
     "interface": _interface,
     "description": _text,
     "source": _word(*SOURCES),
@@ -240,7 +263,11 @@ _KEYS: dict[str, _Check] = {
     "nodes": _word(*STABILITIES),
     "inodes": _word(*STABILITIES, "generation"),
     "deadline": _deadline,
-    "requires": _programs,
+    "requires": _requisites,
+    "match": _match,
+    "provides": _word(*PROVIDES),
+    "names": _base_name,
+    "filesystems": _filesystems,
 }
 
 
@@ -250,6 +277,45 @@ def _near_key(key: str, foreign: bool) -> str:
     if key == "class" and foreign:
         return " for a .toml: a Python class carries its manifest in its own file"
     return ": remove it, or put it below [optional]"
+
+
+def _check_kind(values: dict[str, Any], name: str, foreign: bool, refuse: _Refusal) -> None:
+    """What only some kinds have, and what their words default to."""
+    kind, source = values["kind"], values.get("source", "none")
+    if foreign and kind != "fs":
+        raise refuse("kind", f"is {kind!r}, which only a Python driver can be: a program serves kind fs")
+    if kind == "usb":
+        if "match" not in values:
+            raise refuse("match", "is missing: a driver of kind usb says which devices it is for")
+        if source != "none":
+            raise refuse("source", f"is {source!r}, but the source of a driver of kind usb is its device: leave it out")
+    elif "match" in values:
+        raise refuse("match", f"is for drivers of kind usb, and this one is of kind {kind}")
+    if kind == "block":
+        if values.setdefault("provides", "block") != "block":
+            raise refuse("provides", f'is {values["provides"]!r}, and a driver of kind block provides "block"')
+        if source == "none":
+            raise refuse("source", "is missing: a driver of kind block says what it makes a block device of")
+    if kind == "fs":
+        for key in ("provides", "names"):
+            if key in values:
+                raise refuse(key, "is for drivers of kinds usb and block, and this one is of kind fs")
+        if "filesystems" in values and source not in IMAGE_SOURCES:
+            raise refuse("filesystems", f"needs a source in which they are: {', '.join(IMAGE_SOURCES)}, not {source}")
+    else:
+        if "filesystems" in values:
+            raise refuse("filesystems", f"is for drivers of kind fs, and this one is of kind {kind}")
+        values.setdefault("names", _default_name(name))
+    if kind != "usb" and any(word.startswith("drivers:") for word in values.get("requires", ())):
+        raise refuse(
+            "requires", f"names drivers, which only a driver of kind usb waits for: this one is of kind {kind}"
+        )
+
+
+def _default_name(name: str) -> str:
+    """What the instances of a driver are called whose manifest does not say."""
+    base = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_0123456789")
+    return base[:31].rstrip("0123456789") or "device"
 
 
 def _check_command(command: str, options: dict[str, Any], values: dict[str, Any], refuse: _Refusal) -> None:
@@ -271,7 +337,7 @@ def _check_command(command: str, options: dict[str, Any], values: dict[str, Any]
 
 def _check_options(table: Any, refuse: _Refusal) -> dict[str, Option]:
     if not isinstance(table, dict):
-        raise refuse("option", f"must be a table [option.NAME], not {_shown(table)}")
+        raise refuse("option", f"must be a table [option.NAME], not {shown(table)}")
     options: dict[str, Option] = {}
     for name, fields in table.items():
         key = f"option.{name}"
@@ -280,7 +346,7 @@ def _check_options(table: Any, refuse: _Refusal) -> dict[str, Option]:
         if name in MOUNT_WORDS or name in ("source", "mountpoint"):
             raise refuse(key, "is a word that udf itself uses: choose another name")
         if not isinstance(fields, dict):
-            raise refuse(key, f"must be a table, not {_shown(fields)}")
+            raise refuse(key, f"must be a table, not {shown(fields)}")
         unknown = set(fields) - {"type", "default", "help", "required"}
         if unknown:
             raise refuse(f"{key}.{min(unknown)}", "is not a key of an option: it has type, default, help and required")
@@ -314,46 +380,4 @@ def _default(option: Option, value: Any, key: str, refuse: _Refusal) -> OptionVa
                 return parse_size(value)
             except ValueError:
                 pass
-    raise refuse(key, f"must be of type {option.type}, not {_shown(value)}")
-
-
-def _read_text(path: str) -> tuple[str, bool]:
-    # Not blocking: a name on the search path may be a FIFO.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise UserError(f"{path}: the driver cannot be read: {os.strerror(exc.errno or 0)}") from None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path}: the driver is not a regular file")
-        data = file.read(MAX_MANIFEST + 1)
-    whole = len(data) <= MAX_MANIFEST
-    try:
-        # A file that is longer may be cut inside a character, or be odd far behind its manifest.
-        return data[:MAX_MANIFEST].decode("utf-8", "strict" if whole else "replace"), whole
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the file is not UTF-8 text") from None
-
-
-def _block(text: str, path: str, whole: bool) -> str:
-    blocks = _BLOCK.findall(text)
-    if len(blocks) == 1 and len(_BLOCK_START.findall(text)) == 1:
-        return "\n".join(line.rstrip("\r")[2:] for line in blocks[0].split("\n"))
-    if len(_BLOCK_START.findall(text)) > 1:
-        raise UserError(f"{path}: the file has more than one manifest block '# /// udf'")
-    if _BLOCK_START.search(text):
-        raise UserError(f"{path}: the manifest block '# /// udf' has no end '# ///' (each line begins with '# ')")
-    where = "" if whole else f" in its first {MAX_MANIFEST // 1024} KiB"
-    raise UserError(f"{path}: the file has no manifest block '# /// udf'{where}, so it is not a driver")
-
-
-def _parse(text: str, path: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as exc:
-        raise UserError(f"{path}: the manifest is not valid TOML: {exc}") from None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    raise refuse(key, f"must be of type {option.type}, not {shown(value)}")

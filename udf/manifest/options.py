@@ -2,7 +2,7 @@
 
 Owns: their types and defaults, and whether the programs a driver needs are there.
 Must never: know the options of the mount itself (the supervisor splits those off before).
-Called by: the supervisor's registry.
+Called by: the supervisor's registry and binder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from udf.manifest.size import parse_size
 
 
 def check_requires(manifest: Manifest) -> None:
-    """UserError unless every program that the driver needs is on PATH."""
-    needed = list(manifest.requires)
+    """UserError unless every program that the driver needs is on PATH. Other drivers are the binder's to look for."""
+    needed = [word for word in manifest.requires if not word.startswith("drivers:")]
     if manifest.command is not None:
         needed.insert(0, shlex.split(manifest.command)[0])
     for program in needed:

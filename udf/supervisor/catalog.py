@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,8 +83,15 @@ def from_command(command: str, source: str | None) -> Driver:
     return Driver(name=name, spec=messages.DriverSpec(command=command))
 
 
-async def find(name: str, *, trusted_only: bool) -> Driver:
-    """Look a driver up and check its manifest and requisites.
+_INSTEAD = {
+    "usb": "it is started for each device that it is for (`udf devices` lists them)",
+    "block": "it makes a block device of its source, which is attached, not mounted",
+    "fs": "it serves a filesystem, which is mounted, not attached",
+}
+
+
+async def find(name: str, *, trusted_only: bool, kinds: Collection[str] = ("fs",)) -> Driver:
+    """Look a driver up and check its manifest and requisites. UserError for one of another kind than these.
 
     `trusted_only`: the caller is neither root nor our own user, so only what root installed for everyone counts.
     """
@@ -95,7 +102,14 @@ async def find(name: str, *, trusted_only: bool) -> Driver:
         manifests.check_requires(found)
         return found
 
-    found = await _in_thread(look, f"the driver {name}")
+    found = await in_thread(look, f"the driver {name}")
+    if found.kind not in kinds:
+        raise UserError(f"the driver {found.name} cannot be mounted: {_INSTEAD[found.kind]}")
+    return from_manifest(found)
+
+
+def from_manifest(found: Manifest) -> Driver:
+    """The same from a manifest that has been read and checked."""
     return Driver(
         name=found.name,
         spec=messages.DriverSpec(path=found.path, class_name=found.class_name, command=found.command, kind=found.kind),
@@ -117,7 +131,7 @@ async def find(name: str, *, trusted_only: bool) -> Driver:
 async def listing(*, trusted_only: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """Every usable driver on the search path as the interface describes it, and a sentence for each unusable one."""
     trust = Trust(0, 0) if trusted_only else Trust.own()
-    found, warnings = await _in_thread(lambda: manifests.list_drivers(trust), "the search path")
+    found, warnings = await in_thread(lambda: manifests.list_drivers(trust), "the search path")
     return [_describe(each) for each in found], warnings
 
 
@@ -128,6 +142,11 @@ def _describe(found: Manifest) -> dict[str, Any]:
         "kind": found.kind,
         "description": found.description,
         "source": found.source,
+        "provides": "" if found.kind == "fs" else found.provides,
+        "names": found.names,
+        "match": [str(entry) for entry in found.match],
+        "requires": list(found.requires),
+        "filesystems": list(found.filesystems),
         "durability": found.durability,
         "capabilities": list(found.capabilities),
         "options": [
@@ -143,7 +162,8 @@ def _describe(found: Manifest) -> dict[str, Any]:
     }
 
 
-async def _in_thread(work: Callable[[], T], what: str) -> T:
+async def in_thread(work: Callable[[], T], what: str) -> T:
+    """Do some reading in a worker thread; UserError if it takes too long."""
     try:
         limiter = _threads.get()
     except LookupError:

@@ -50,6 +50,8 @@ class Reason(enum.StrEnum):
     QUARANTINE = "quarantine"  # the driver died too often by its own making
     STUCK = "stuck"  # the driver's process waits in the kernel and cannot be ended
     SHUTDOWN = "shutdown"  # the supervisor ends
+    BOUND = "bound"  # a driver serves the device
+    NO_DRIVER = "no_driver"  # nothing serves the device
     UNPLUGGED = "unplugged"  # the device is gone
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import site
 import socket
 import subprocess
@@ -127,6 +128,21 @@ def new_zygote() -> zygote.Zygote:
         return child
 
     return zygote.Zygote(start, environment)
+
+
+def start_emulator(path: Path, control: socket.socket, output: int) -> Child:
+    """Start the process of the emulated devices. It may read and write files as we may, and nothing more than that."""
+    argv = [sys.executable, "-P", "-s", "-m", "udf.testing.devices", "--socket", str(path)]
+    argv += ["--control", str(control.fileno())]
+    setpriv = shutil.which("setpriv", path=_path())
+    if setpriv is not None and os.geteuid() == 0:
+        kept = "-all,+dac_override,+dac_read_search,+fowner"
+        argv = [setpriv, "--no-new-privs", "--inh-caps", "-all", "--bounding-set", kept, "--", *argv]
+    environment = {**_common(os.environ), **_import_path()}
+    with _unshielded():
+        child = _start(argv, environment, output, output, None, control.fileno())
+    _set_oom_score(child.pid, max(0, _first_score))
+    return child
 
 
 def start_program(module: str, arguments: Sequence[str], output: int, run_as: Identity | None) -> Child:

@@ -1,0 +1,395 @@
+"""Wanted state against running instances: which driver serves which device, brought about step by step.
+
+Owns: the tenants (one for each driver that has, gets or gives back a device), when a start that failed is tried again,
+and what is said of each device. Must never: know a bus or how an instance is run (the starter does), keep anything that
+cannot be had again by looking, or let one device's trouble wait for another's.
+Called by: devices.py, which runs it and tells it that something may have changed.
+
+Level-triggered: whatever happens (arrival, removal, a driver's file, a rule, the end of an instance, an operator) only
+rings; each pass computes from what is there now what should run, and starts or ends the difference. So it does not
+matter which event it was, whether it came twice, or whether it came at all: a slow look heals what was lost.
+
+What serves goes on serving: a better driver that appears later gets the device at its next plug. Only the operator's
+word (a rule, a disabled driver) takes a device away from a driver that has it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from udf.errors import UserError
+from udf.manifest import Manifest
+from udf.supervisor import naming
+from udf.supervisor.bell import Bell
+from udf.supervisor.instance import EventLog, Instance, Reason, State
+from udf.supervisor.lease import Lease
+from udf.supervisor.naming import Identity, Numbers
+from udf.supervisor.offers import Offer
+from udf.usb.matching import PREFERRED, Binding, DeviceFacts, Verdict, wanted
+
+LOOK = 10.0  # for events that were lost
+NAME_WAIT = 10.0  # for the end of what had the name before; then the device gets another one
+HEALTHY = 60.0  # what served so long may fail as often as a new one
+RETRIES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds; then only a change (of the driver, a rule, a replug) helps
+_FINAL = (Reason.OPERATOR, Reason.EXTERNAL, Reason.SHUTDOWN)  # somebody wanted the end: it is not started again
+
+log = logging.getLogger("udf.binder")
+
+
+class Endpoint(Protocol):
+    """What runs for one binding."""
+
+    instance: Instance
+    ended: trio.Event
+
+    async def end(self, reason: Reason) -> None:
+        """Make it GONE whatever it takes."""
+
+
+@dataclass(frozen=True)
+class Present:
+    """A device that is there, with what its bus can make of it."""
+
+    facts: DeviceFacts
+    lease: Callable[[int | None], Lease]  # for one interface, or the whole device
+
+
+class Starter(Protocol):
+    """Runs instances; the registry, as devices.py adapts it."""
+
+    async def start(self, name: str, binding: Binding, lease: Lease) -> Endpoint:
+        """Start and wait until it can be used. UserError says why it cannot. It ends by itself when the lease does."""
+
+    def is_taken(self, name: str) -> bool:
+        """Whether something has this name that is not ours."""
+
+    def linked(self, name: str, by_id: str) -> None:
+        """It can be used: show it under its name by-id."""
+
+    def unlinked(self, by_id: str) -> None:
+        """It has ended: take that name away."""
+
+
+class Tenant:
+    """A driver with a device, from the decision to the end of its instance."""
+
+    def __init__(self, binding: Binding, facts: DeviceFacts, lease: Lease) -> None:
+        self.binding = binding
+        self.facts = facts
+        self.lease = lease
+        self.name = ""
+        self.by_id = ""
+        self.endpoint: Endpoint | None = None
+        self.stopping = trio.Event()  # it is not wanted any more
+
+    @property
+    def slot(self) -> tuple[str, int | None]:
+        """What it has: a device, or an interface of it."""
+        return self.binding.key, self.binding.interface
+
+    @property
+    def serves(self) -> bool:
+        """Whether it can be used."""
+        return self.endpoint is not None and not self.endpoint.ended.is_set()
+
+
+@dataclass
+class _Failure:
+    """What came of the last attempt at a binding."""
+
+    driver: Manifest
+    options: Mapping[str, str]
+    text: str
+    count: int = 0
+    again: float | None = None  # when to try again, by trio's clock; None: not by itself
+
+
+@dataclass
+class Known:
+    """What is known of one device: the last verdict, and its own line among the events."""
+
+    facts: DeviceFacts
+    instance: Instance
+    verdict: Verdict | None = None
+    failures: dict[tuple[int | None, str], _Failure] = field(default_factory=dict)
+
+
+class Binder:
+    """`present` and `offer` are looked at anew in each pass. `nursery` carries the tenants."""
+
+    def __init__(
+        self,
+        present: Callable[[], Mapping[str, Present]],
+        offer: Callable[[], Offer],
+        starter: Starter,
+        events: EventLog,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.bell = Bell()  # rung after every pass and every change of a tenant
+        self.disabled: frozenset[str] = frozenset()
+        self.tenants: list[Tenant] = []
+        self.known: dict[str, Known] = {}
+        self._present = present
+        self._offer = offer
+        self._starter = starter
+        self._events = events
+        self._nursery = nursery
+        self._numbers = Numbers()
+        self._poked = trio.Event()
+        self._passes = 0
+        self._closing = False
+
+    def poke(self) -> None:
+        """Something may have changed. Any number of these before the next pass are one."""
+        self._poked.set()
+
+    async def run(self) -> None:
+        """Make it so, again and again."""
+        while True:
+            self._poked = trio.Event()
+            again = self._pass()
+            self._passes += 1
+            self.bell.ring()
+            with trio.move_on_at(min(again, trio.current_time() + LOOK)):
+                await self._poked.wait()
+            await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Start nothing any more."""
+        self._closing = True
+
+    # ---- one pass: no await in it, so that it sees one moment
+
+    def _pass(self) -> float:
+        """Start and stop what has to be; when there is something to try again (infinity: never)."""
+        present, offer = self._present(), self._offer()
+        for tenant in self.tenants:
+            if tenant.binding.key not in present:
+                tenant.lease.end()
+                tenant.stopping.set()
+        for key in [key for key in self.known if key not in present]:
+            self._forget(self.known.pop(key))
+        verdicts = wanted(
+            (each.facts for each in present.values()), offer.drivers, offer.rules, self.disabled, self._missing(offer)
+        )
+        again = float("inf")
+        for key, verdict in verdicts.items():
+            known = self.known.get(key) or self._meet(present[key].facts)
+            known.verdict = verdict
+            again = min(again, self._settle(known, present[key], verdict))
+        return again
+
+    def _settle(self, known: Known, present: Present, verdict: Verdict) -> float:
+        mine = [tenant for tenant in self.tenants if tenant.binding.key == verdict.key]
+        for tenant in mine:
+            if not tenant.stopping.is_set() and not _may_stay(tenant, verdict):
+                log.info("%s: %s is taken from it by a rule", tenant.name, tenant.binding.driver.name)
+                tenant.stopping.set()
+        again = float("inf")
+        for binding in verdict.bindings:
+            # A device has one connection: whoever has it, or is giving it back, keeps all others waiting.
+            if mine or self._closing:
+                break
+            failure = known.failures.get((binding.interface, binding.driver.name))
+            if failure is not None and (failure.driver, failure.options) == (binding.driver, binding.options):
+                if failure.again is None:
+                    continue
+                if failure.again > trio.current_time():
+                    again = min(again, failure.again)
+                    continue
+            mine.append(self._begin(binding, present))
+        self._describe(known, mine, verdict)
+        return again
+
+    def _begin(self, binding: Binding, present: Present) -> Tenant:
+        tenant = Tenant(binding, present.facts, present.lease(binding.interface))
+        taken = self._names_of_present()
+        tenant.name = self._name(tenant, taken)
+        tenant.by_id = naming.by_id(
+            _identity(tenant),
+            tenant.facts.manufacturer,
+            tenant.facts.product_name,
+            {each.by_id for each in self.tenants if not each.lease.gone},
+        )
+        self.tenants.append(tenant)
+        self._nursery.start_soon(self._serve, tenant)
+        return tenant
+
+    def _name(self, tenant: Tenant, taken: set[str]) -> str:
+        while True:
+            name = self._numbers.name(tenant.binding.driver.names, _identity(tenant), taken)
+            if not self._starter.is_taken(name) or any(each.name == name for each in self.tenants):
+                return name
+            taken = taken | {name}
+
+    def _names_of_present(self) -> set[str]:
+        return {each.name for each in self.tenants if not each.lease.gone}
+
+    def _missing(self, offer: Offer) -> dict[str, str]:
+        """By driver, what it requires and is not there: a program, or another driver that does not serve yet."""
+        missing = dict(offer.missing)
+        serving = {word for tenant in self.tenants if tenant.serves for word in _services(tenant.binding.driver)}
+        for driver in offer.drivers:
+            for word in driver.requires:
+                if word.startswith("drivers:") and word[8:] not in serving:
+                    missing.setdefault(driver.name, f"nothing serves {word[8:]} yet")
+        return missing
+
+    # ---- one tenant
+
+    async def _serve(self, tenant: Tenant) -> None:
+        try:
+            await self._wait_for_name(tenant)
+            if not tenant.stopping.is_set():
+                await self._start_and_watch(tenant)
+        finally:
+            self.tenants.remove(tenant)
+            tenant.lease.close()
+            self.bell.ring()
+            self.poke()
+
+    async def _wait_for_name(self, tenant: Tenant) -> None:
+        """What had the name before, as the same device before it was pulled out, may not have ended yet."""
+
+        def is_free() -> bool:
+            return not any(each.name == tenant.name for each in self.tenants if each is not tenant)
+
+        if is_free():
+            return
+        free = await self.bell.within(NAME_WAIT, lambda: is_free() or tenant.stopping.is_set())
+        if not free:
+            old, tenant.name = tenant.name, ""
+            tenant.name = self._name(tenant, {each.name for each in self.tenants})
+            log.warning(
+                "what was called %s has not ended in %g s: the device is called %s", old, NAME_WAIT, tenant.name
+            )
+
+    async def _start_and_watch(self, tenant: Tenant) -> None:
+        driver = tenant.binding.driver
+        try:
+            endpoint = await self._starter.start(tenant.name, tenant.binding, tenant.lease)
+        except UserError as exc:
+            if not tenant.lease.gone:
+                log.warning("%s: the driver %s could not be started: %s", tenant.name, driver.name, exc)
+                self._failed(tenant, str(exc), served=0.0)
+            return
+        tenant.endpoint = endpoint
+        began = trio.current_time()
+        self._starter.linked(tenant.name, tenant.by_id)
+        self.bell.ring()
+        self.poke()  # something may have waited for it
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_when_unwanted, tenant, endpoint)
+                await endpoint.ended.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._starter.unlinked(tenant.by_id)
+        if not tenant.lease.gone and not tenant.stopping.is_set():
+            final = endpoint.instance.reason in _FINAL
+            self._failed(tenant, endpoint.instance.text, trio.current_time() - began, final=final)
+
+    async def _end_when_unwanted(self, tenant: Tenant, endpoint: Endpoint) -> None:
+        await tenant.stopping.wait()
+        if not tenant.lease.gone:  # of an unplug it learns by its lease
+            await endpoint.end(Reason.OPERATOR)
+
+    def _failed(self, tenant: Tenant, text: str, served: float, *, final: bool = False) -> None:
+        known = self.known.get(tenant.binding.key)
+        if known is None:
+            return  # its device is gone
+        driver = tenant.binding.driver
+        slot = (tenant.binding.interface, driver.name)
+        before = known.failures.get(slot)
+        count = 1 if before is None or served >= HEALTHY else before.count + 1
+        delay = None if final else retry_delay(count)
+        again = None if delay is None else trio.current_time() + delay
+        known.failures[slot] = _Failure(driver, tenant.binding.options, text, count, again)
+
+    # ---- what is said of a device
+
+    def _meet(self, facts: DeviceFacts) -> Known:
+        known = Known(facts, Instance(facts.key, "device", self._events))
+        self.known[facts.key] = known
+        return known
+
+    def _forget(self, known: Known) -> None:
+        known.instance.change(State.GONE, Reason.UNPLUGGED, "unplugged")
+
+    def _describe(self, known: Known, mine: list[Tenant], verdict: Verdict) -> None:
+        """Tell of changes only: a pass that finds everything as it was says nothing."""
+        instance = known.instance
+        serving = [tenant for tenant in mine if tenant.serves]
+        if serving:
+            text = ", ".join(f"{tenant.name} by {tenant.binding.driver.name}" for tenant in serving)
+            if instance.state is State.FAILED:
+                instance.change(State.RECOVERING, Reason.STARTING, text)
+            if instance.state is not State.ACTIVE:
+                instance.change(State.ACTIVE, Reason.BOUND, text)
+        elif not mine:
+            text = next((failure.text for failure in known.failures.values()), "") or verdict.text
+            if instance.state is not State.FAILED:
+                instance.change(State.FAILED, Reason.NO_DRIVER, text)
+            elif instance.text != text:
+                instance.note(text)
+                instance.tell("device", Reason.NO_DRIVER, text)
+
+    def tenants_of(self, key: str) -> list[Tenant]:
+        """Those of one device, in the order of their start."""
+        return [tenant for tenant in self.tenants if tenant.binding.key == key]
+
+    def failures_of(self, key: str) -> Iterator[tuple[str, int | None, str, bool]]:
+        """Driver, interface, sentence and whether it is tried again, of each binding of a device that did not hold."""
+        known = self.known.get(key)
+        for (interface, driver), failure in () if known is None else known.failures.items():
+            yield driver, interface, failure.text, failure.again is not None
+
+    async def settled(self, key: str, seconds: float) -> bool:
+        """Wait until nothing is under way for a device any more, but so long at most; whether that is so."""
+        seen = self._passes  # a pass that may have begun before the device came says nothing
+
+        def is_quiet() -> bool:
+            return self._passes > seen and all(tenant.serves for tenant in self.tenants_of(key))
+
+        self.poke()
+        return await self.bell.within(seconds, is_quiet)
+
+    def retry(self, key: str) -> None:
+        """An operator asks: forget what failed."""
+        known = self.known.get(key)
+        if known is not None:
+            known.failures.clear()
+            self.poke()
+
+
+def retry_delay(failures: int) -> float | None:
+    """How long to wait after so many failures in a row; None: do not try again by itself."""
+    return RETRIES[failures - 1] if failures <= len(RETRIES) else None
+
+
+def _may_stay(tenant: Tenant, verdict: Verdict) -> bool:
+    """Whether a driver that has a device may keep it."""
+    mine, interface = tenant.binding.driver.name, tenant.binding.interface
+    if any(binding.driver.name == mine and binding.interface == interface for binding in verdict.bindings):
+        return all(tenant.binding.options == b.options for b in verdict.bindings if b.driver.name == mine)
+    if verdict.word in ("denied", "hub"):
+        return False
+    # The driver's file is gone or cannot be read: what serves goes on. It is no candidate then.
+    about_mine = [each for each in verdict.candidates if each.driver == mine]
+    if about_mine and not any(each.score and each.interface == interface for each in about_mine):
+        return False
+    return not any(each.chosen and each.score >= PREFERRED for each in verdict.candidates)
+
+
+def _services(driver: Manifest) -> tuple[str, str]:
+    return driver.name, driver.provides
+
+
+def _identity(tenant: Tenant) -> Identity:
+    facts = tenant.facts
+    return Identity(facts.bus, facts.vendor, facts.product, facts.serial, facts.port, tenant.binding.interface)
