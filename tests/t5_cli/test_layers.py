@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.fuse": ("udf.fuse",),
     "udf.shim": ("udf.fuse", "udf.shim"),
     "udf.driver": ("udf.driver", "udf.errors"),
-    "udf.driver.usb": ("udf.driver", "udf.usb", "udf.errors"),
+    "udf.driver.usb": ("udf.driver", "udf.usb", "udf.errors", "udf.messages"),
     "udf.usb": ("udf.usb", "udf.errors", "udf.messages"),
     "udf.host": ("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
     "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
