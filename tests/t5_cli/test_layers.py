@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.fuse": ("udf.fuse",),
     "udf.shim": ("udf.fuse", "udf.shim"),
     "udf.driver": ("udf.driver", "udf.errors"),
-    "udf.host": ("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
+    "udf.block": ("udf.block", "udf.driver", "udf.errors"),
+    "udf.host": ("udf.host", "udf.block", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
     "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
     "udf.supervisor": ("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
     "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
