@@ -21,10 +21,10 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.usb": ("udf.usb", "udf.errors", "udf.messages"),
     "udf.usb.matching": ("udf.usb", "udf.manifest"),
     "udf.usb.rules": ("udf.usb", "udf.errors", "udf.manifest"),
-    "udf.block": ("udf.block", "udf.driver.block", "udf.errors"),
+    "udf.block": ("udf.block", "udf.driver", "udf.errors"),
     "udf.block.shim": ("udf.block", "udf.errors"),
     "udf.driver": ("udf.driver", "udf.errors"),
-    "udf.driver.usb": ("udf.driver", "udf.errors", "udf.usb"),
+    "udf.driver.usb": ("udf.driver", "udf.usb", "udf.errors", "udf.messages"),
     "udf.host": (
         *("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
         *("udf.usb", "udf.block"),

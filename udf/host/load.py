@@ -1,7 +1,7 @@
 """Loading a Python driver by its path.
 
 Owns: from a file and a class name to an object that serves. Must never: search, or put a driver's directory on
-sys.path. Called by: serve.py, inside the sandbox. Everything that goes wrong is a UserError with one sentence.
+sys.path. Called by: serve.py and faces.py, inside the sandbox. What goes wrong is a UserError with one sentence.
 """
 
 from __future__ import annotations
@@ -32,19 +32,32 @@ def load_class(path: str, class_name: str) -> type:
 
 
 def instantiate(
-    cls: type, path: str, source: str | None, options: Mapping[str, OptionValue], store_fds: Sequence[int] = ()
+    cls: type,
+    path: str,
+    source: str | None,
+    options: Mapping[str, OptionValue],
+    store_fds: Sequence[int] = (),
+    attributes: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make the driver: cls(source, **options), without the source where there is none.
 
     With descriptors of a state store it is called with the keyword `store` too, and they are the store's from here on.
+    The attributes (its device) are there before its `__init__` runs, which need not know of them.
     """
     try:
         keywords: dict[str, Any] = dict(options)
         if store_fds:
             keywords["store"] = Store(store_fds)
-        return cls(**keywords) if source is None else cls(source, **keywords)
+        arguments = () if source is None else (source,)
+        if not attributes:
+            return cls(*arguments, **keywords)
+        driver: Any = object.__new__(cls)
+        for name, value in attributes.items():
+            setattr(driver, name, value)
+        driver.__init__(*arguments, **keywords)
+        return driver
     except BaseException as exc:
-        raise _failure(path, "could not be started", exc) from exc
+        raise failure(path, "could not be started", exc) from exc
 
 
 def _load_module(path: str) -> ModuleType:
@@ -62,11 +75,12 @@ def _load_module(path: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except BaseException as exc:
-        raise _failure(path, "could not be loaded", exc) from exc
+        raise failure(path, "could not be loaded", exc) from exc
     return module
 
 
-def _failure(path: str, what: str, exc: BaseException) -> UserError:
+def failure(path: str, what: str, exc: BaseException) -> UserError:
+    """What an author's code raised, as one sentence for the operator."""
     if isinstance(exc, UserError):
         return exc  # the author's own sentence for the operator
     try:

@@ -249,6 +249,10 @@ class Loop:
             self._attach(fds.pop(0), message)
         elif kind == "fail":
             self.s.recovery.fail()
+        elif kind == "detach":
+            # Whatever the driver would say yet says nothing of a device that is gone, and nobody waits to hear it.
+            self._lose_link("the device is gone")
+            self.s.recovery.fail(errno.ENODEV)
         elif kind == "requests":
             self.tell({"t": "requests", "id": message.get("id", 0), **self.s.recovery.requests()})
         elif kind == "abort":

@@ -7,7 +7,7 @@ up with an errno.
 
     lost ──▶ parked ──▶ attach: INIT ──▶ agreed: unanswered ones by replay class, oldest first, then what came since
                 │
-                └─▶ fail: EIO for all, until another attach
+                └─▶ fail: EIO (detach, the device is gone: ENODEV) for all, until another attach
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Recovery:
         self.wants_quiet: Callable[[bool], None] = lambda _: None  # told when no more can be parked, and when it can
         self._bytes = 0
         self._quiet = False
+        self._error = errno.EIO  # of what comes when there is no driver and will be none
         self._known: dict[int, Parked] = {}  # sent on, and not answered yet as far as we know
         self._unanswered: list[int] = []  # under way at the last death
         self._suspects: deque[int] = deque()
@@ -88,7 +89,7 @@ class Recovery:
         if unique == self.alone:
             return True
         if not self.active:
-            self._s.answer_error(unique, errno.EIO)
+            self._s.answer_error(unique, self._error)
             return False
         parked = self._known.pop(unique, None) or Parked(unique, op, node_id, bytes(message), monotonic())
         self._park(parked)
@@ -128,7 +129,7 @@ class Recovery:
         s.tell({"t": "link_lost", "pending": len(under_way), "recent": self._recent_lines()})
         self.recent.clear()
         since, self.parked, self._bytes = self.parked, {}, 0
-        self.active = s.config.recover
+        self.active, self._error = s.config.recover, errno.EIO
         for parked in [*under_way, *since.values()]:
             if self.active:
                 self._park(parked)
@@ -186,17 +187,17 @@ class Recovery:
         path = (self._s.nodes.path(slot) or "") if slot else ""
         return with_name(path, op, request)
 
-    def _give_up(self, unique: int) -> None:
+    def _give_up(self, unique: int, error: int = errno.EIO) -> None:
         """Answer a request that nobody is going to serve."""
         self.take(unique)
         self._s.interrupted.pop(unique, None)
-        self._s.answer_error(unique, errno.EIO)
+        self._s.answer_error(unique, error)
 
-    def fail(self) -> None:
-        """There is no new generation for now: everything that waits fails."""
-        self.active = False
+    def fail(self, error: int = errno.EIO) -> None:
+        """There is no new generation for now: everything that waits fails, and so does what comes."""
+        self.active, self._error = False, error
         for unique in list(self.parked):
-            self._give_up(unique)
+            self._give_up(unique, error)
 
     def check_time(self, now: float) -> None:
         """Give up what has waited too long, and a new driver that does not answer."""

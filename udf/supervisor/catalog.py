@@ -19,8 +19,11 @@ from udf import manifest as manifests
 from udf import messages
 from udf.errors import UserError
 from udf.manifest import Manifest, OptionValue, Trust
+from udf.supervisor.spawn import Identity
 
 LOOKUP_TIMEOUT = 10.0
+NOFILE = 65536  # a driver that mirrors a tree keeps a descriptor for each file that the kernel knows
+_NO_TREES = ("none", "file", "url", "block")
 _THREADS = 8  # for look-ups alone, so that hanging ones use up nobody else's threads
 
 T = TypeVar("T")
@@ -45,6 +48,28 @@ class Driver:
     deadline: float = 30.0
     warnings: tuple[str, ...] = ()
     manifest: Manifest | None = None  # None: a command
+
+    @property
+    def provides(self) -> str:
+        """What it serves: files, block or terminal."""
+        return "files" if self.manifest is None or self.manifest.kind == "fs" else self.manifest.provides
+
+    def sandbox(self, owner: Identity, source: str | None) -> messages.Sandbox:
+        """What its process may be and have, for this user."""
+        # Capabilities are only for root's own: with them a mirror would show a user what only root may read.
+        is_root = os.geteuid() == 0
+        # Without root, namespaces cost a user namespace, in which all other users' ids look the same. A program needs
+        # them for the fusermount in its place; a driver that mirrors a tree would show wrong owners, and goes without.
+        mirrors = self.spec.command is None and self.source_kind not in _NO_TREES
+        return messages.Sandbox(
+            uid=owner.uid,
+            gid=owner.gid,
+            groups=list(owner.groups),
+            capabilities=list(self.capabilities) if is_root and owner.uid == 0 else [],
+            namespaces=is_root or not mirrors,
+            nofile=NOFILE,
+            keep_paths=[source] if source is not None and source.startswith("/") else [],
+        )
 
     def check_options(self, given: Mapping[str, str]) -> dict[str, OptionValue]:
         """The driver's options with the types that its manifest declares. UserError for a wrong one."""
@@ -112,7 +137,13 @@ def from_manifest(found: Manifest) -> Driver:
     """The same from a manifest that has been read and checked."""
     return Driver(
         name=found.name,
-        spec=messages.DriverSpec(path=found.path, class_name=found.class_name, command=found.command, kind=found.kind),
+        spec=messages.DriverSpec(
+            path=found.path,
+            class_name=found.class_name,
+            command=found.command,
+            kind=found.kind,
+            provides=found.provides,
+        ),
         source_kind=found.source,
         capabilities=found.capabilities,
         exclusive=found.exclusive,

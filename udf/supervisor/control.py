@@ -19,8 +19,8 @@ from udf import __version__, messages
 from udf.errors import UserError
 from udf.supervisor import catalog, rights
 from udf.supervisor.client import INTERFACE, PROTOCOL
+from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import Event, Instance
-from udf.supervisor.mounts import Mount
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import BusyError, StartFailedError
 from udf.supervisor.procfs import command_of
@@ -116,7 +116,7 @@ class Control:
         if self._private:
             raise UserError("this supervisor serves one mount and takes no others: start `udf daemon` for that")
         mount = await self._registry.mount(request, call.peer.identity)
-        return {"name": mount.plan.name, "mountpoint": mount.plan.mountpoint}
+        return {"name": mount.plan.name, "mountpoint": mount.plan.where}
 
     async def _unmount(self, call: Call) -> object:
         wanted = call.parameters(_Unmount)
@@ -128,7 +128,7 @@ class Control:
         mounts = self._mounts(call)
         rows: dict[int, dict[str, Any]] = {}
 
-        async def describe(number: int, mount: Mount) -> None:
+        async def describe(number: int, mount: Endpoint) -> None:
             rows[number] = _describe(mount, await mount.counters())
 
         async with trio.open_nursery() as nursery:
@@ -180,7 +180,7 @@ class Control:
         async def deliver(operations: list[Operation], lost: int) -> None:
             await call.reply_more({"operations": operations, "lost": lost})
 
-        await mount.trace.listen(self._nursery, deliver)
+        await mount.traced().listen(self._nursery, deliver)
         return {"operations": [], "lost": 0}
 
     async def _restart(self, call: Call) -> object:
@@ -190,7 +190,7 @@ class Control:
         mounts = self._mounts(call)
         found: dict[int, messages.Requests | None] = {}
 
-        async def ask(number: int, mount: Mount) -> None:
+        async def ask(number: int, mount: Endpoint) -> None:
             found[number] = await mount.requests()
 
         async with trio.open_nursery() as nursery:
@@ -215,35 +215,35 @@ class Control:
             raise UserError(f"the shim of {mount.plan.name} does not answer: unmount it lazily to end what waits")
         # A list that is cut may lack the one that is meant; the shim knows.
         if answer.total <= len(answer.requests) and all(each.id != wanted.request for each in answer.requests):
-            raise NotFoundError(f"no request {wanted.request} waits on {mount.plan.mountpoint}: it has been answered")
+            raise NotFoundError(f"no request {wanted.request} waits on {mount.plan.where}: it has been answered")
         if not await mount.abort(wanted.request):
             raise UserError(f"the shim of {mount.plan.name} takes no messages: unmount it lazily to end what waits")
         return None
 
     async def _crashes(self, call: Call) -> object:
         reports = [
-            {"name": mount.plan.name, "mountpoint": mount.plan.mountpoint, **msgspec.structs.asdict(report)}
+            {"name": mount.plan.name, "mountpoint": mount.plan.where, **msgspec.structs.asdict(report)}
             for mount in self._mounts(call)
             for report in mount.recovery.crashes.reports()
         ]
         reports.sort(key=lambda report: report["time"])
         return {"crashes": reports}
 
-    def _mounts(self, call: Call) -> list[Mount]:
+    def _mounts(self, call: Call) -> list[Endpoint]:
         """Those that the call names, or all that the caller may see."""
         wanted = call.parameters(_Which)
         if wanted.name is None and wanted.mountpoint is None:
-            return self._registry.mounts(call.peer.identity)
+            return self._registry.endpoints(call.peer.identity)
         return [self._find(call, wanted)]
 
-    def _find(self, call: Call, wanted: _Which) -> Mount:
+    def _find(self, call: Call, wanted: _Which) -> Endpoint:
         return self._registry.find(call.peer.identity, wanted.name, wanted.mountpoint)
 
     def _may_see(self, call: Call, event: Event) -> bool:
         # An event carries a name only; the past of a mount that is gone is for those who may see everything.
         caller = call.peer.identity
         return rights.is_trusted(caller) or any(
-            mount.plan.name == event.name for mount in self._registry.mounts(caller)
+            mount.plan.name == event.name for mount in self._registry.endpoints(caller)
         )
 
 
@@ -252,11 +252,11 @@ def interface_description() -> str:
     return Path(__file__).with_name(f"{INTERFACE}.varlink").read_text("utf-8")
 
 
-def _describe(mount: Mount, counters: dict[str, int | float]) -> dict[str, Any]:
+def _describe(mount: Endpoint, counters: dict[str, int | float]) -> dict[str, Any]:
     plan, instance = mount.plan, mount.instance
     return {
         "name": plan.name,
-        "mountpoint": plan.mountpoint,
+        "mountpoint": plan.where,
         "driver": plan.driver_name,
         "source": plan.source,
         "options": plan.asked_options,
@@ -270,7 +270,7 @@ def _describe(mount: Mount, counters: dict[str, int | float]) -> dict[str, Any]:
         "durability": plan.durability,
         "lazy": mount.is_lazy,
         "faults": mount.faults,
-        "shim_pid": mount.shim.pid,
+        "shim_pid": None if mount.shim is None else mount.shim.pid,
         "driver_pid": mount.driver.pid,
         "spare_pid": mount.recovery.spare_pid,
         "instances": [_instance(each) for each in (mount.instance, *mount.instance.needs)],
@@ -278,10 +278,10 @@ def _describe(mount: Mount, counters: dict[str, int | float]) -> dict[str, Any]:
     }
 
 
-def _waiting(mount: Mount, request: messages.WaitingRequest) -> dict[str, Any]:
+def _waiting(mount: Endpoint, request: messages.WaitingRequest) -> dict[str, Any]:
     return {
         "name": mount.plan.name,
-        "mountpoint": mount.plan.mountpoint,
+        "mountpoint": mount.plan.where,
         "driver": mount.plan.driver_name,
         "driver_pid": mount.driver.pid,
         "id": request.id,

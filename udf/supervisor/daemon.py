@@ -72,5 +72,5 @@ async def _watchdog(notifier: Notifier, interval: float) -> None:
 
 
 def _status(registry: Registry) -> str:
-    states = Counter(str(mount.instance.state) for mount in registry.mounts(Identity.own()) if not mount.is_gone)
+    states = Counter(str(each.instance.state) for each in registry.endpoints(Identity.own()) if not each.is_gone)
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "Nothing is mounted"

@@ -1,7 +1,8 @@
-"""All mounts of one supervisor: checking requests, unique names and mountpoints, and ending everything in order.
+"""All endpoints of one supervisor: checking requests, unique names and places, and ending everything in order.
 
-Owns: the table of mounts, and the way from a request to a plan. Must never: touch a path (paths.py and worker threads
-do), or know how a request came in. Called by: control.py, daemon.py, private.py.
+Owns: the table of mounts and of what drivers of devices serve, and the way from a request to a plan. Must never: touch
+a path of a caller's (paths.py and worker threads do), or know how a request came in.
+Called by: control.py, daemon.py, private.py, and devices.py for devices.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import os
 import pwd
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import msgspec
 import trio
 
-from udf import messages
 from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
-from udf.supervisor import catalog, options, paths, rights, sockets, spawn
+from udf.supervisor import attach, catalog, options, paths, rights, sockets, spawn
+from udf.supervisor.attach import DevicePlan
 from udf.supervisor.catalog import Driver
+from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import EventLog, Reason
 from udf.supervisor.mounts import Mount
-from udf.supervisor.plan import BusyError, MountPlan
+from udf.supervisor.places import Places
+from udf.supervisor.plan import BlockPlan, BusyError, DriverPlan, MountPlan
 from udf.supervisor.spawn import Identity
 
 MAX_STARTS = 8  # at once; more would only make each other miss their time limits
@@ -33,7 +37,6 @@ MAX_PATH = 4096
 MAX_COMMAND = 16 * 1024
 MAX_REQUEST = 32 * 1024  # it goes on to the driver host in one message of at most 64 KiB
 DEFAULT_START_TIMEOUT = 30.0
-NOFILE = 65536  # a driver that mirrors a tree keeps a descriptor for each file that the kernel knows
 STOP_ALL_TIMEOUT = 60.0  # below systemd's TimeoutStopSec
 
 log = logging.getLogger("udf.registry")
@@ -57,33 +60,50 @@ class MountRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Registry:
-    """The mounts. `nursery` carries them, `reaper` what must be reaped after them."""
+    """The endpoints. `nursery` carries them, `reaper` what must be reaped after them. `home` is our own directory."""
 
     def __init__(
-        self, events: EventLog, nursery: trio.Nursery, reaper: trio.Nursery, *, private_environment: bool = False
+        self,
+        events: EventLog,
+        nursery: trio.Nursery,
+        reaper: trio.Nursery,
+        *,
+        private_environment: bool = False,
+        home: Path | None = None,
     ) -> None:
         self.events = events
+        self.places = Places(home or sockets.rundir())
         self._nursery = nursery
         self._reaper = reaper
         self._private_environment = private_environment
-        self._mounts: dict[str, Mount] = {}  # by name, in the order of their start
+        self._endpoints: dict[str, Endpoint] = {}  # by name, in the order of their start
         self._names: set[str] = set()  # that are taken, also by what waits for its start
-        self._points: dict[str, tuple[MountPlan, sockets.Lock]] = {}  # mountpoints that are taken
+        # Places that are taken, and how they are given back.
+        self._taken: dict[str, tuple[DriverPlan, Callable[[], None]]] = {}
         self._starting = trio.CapacityLimiter(MAX_STARTS)
         self._closing = False
 
-    def mounts(self, caller: Identity) -> list[Mount]:
-        """Those that the caller may see, in the order of their start."""
-        return [mount for mount in self._mounts.values() if rights.may_touch(caller, mount.plan.owner)]
+    def endpoints(self, caller: Identity) -> list[Endpoint]:
+        """Those that the caller may see, in the order of their start, each before what serves from it."""
+        return [
+            each
+            for endpoint in self._endpoints.values()
+            if rights.may_touch(caller, endpoint.plan.owner)
+            for each in (endpoint, *endpoint.dependants)
+        ]
 
-    def find(self, caller: Identity, name: str | None, mountpoint: str | None) -> Mount:
-        """The mount with this name, or at this (real) path. NotFoundError also for what the caller may not see."""
-        if (name is None) == (mountpoint is None):
+    def find(self, caller: Identity, name: str | None, place: str | None) -> Endpoint:
+        """The endpoint with this name, or at this (real) path. NotFoundError also for what the caller may not see."""
+        if (name is None) == (place is None):
             raise UserError("say which mount is meant: by its name or by its mountpoint")
-        for mount in self.mounts(caller):
-            if name == mount.plan.name or (mountpoint == mount.plan.mountpoint and not mount.is_lazy):
-                return mount
-        raise NotFoundError(f"nothing is mounted {f'by the name {name}' if name else f'on {mountpoint}'} here")
+        for endpoint in self.endpoints(caller):
+            if name == endpoint.plan.name or (place == endpoint.plan.where and not endpoint.is_lazy):
+                return endpoint
+        raise NotFoundError(f"nothing is mounted {f'by the name {name}' if name else f'on {place}'} here")
+
+    def is_taken(self, name: str) -> bool:
+        """Whether something has this name, or waits for its start with it."""
+        return name in self._names
 
     # ---- mounting
 
@@ -91,35 +111,40 @@ class Registry:
         """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind."""
         if self._closing:
             raise UserError("the supervisor is ending: start it again first")
-        own = sum(mount.plan.owner.uid == caller.uid for mount in self._mounts.values())
+        own = sum(endpoint.plan.owner.uid == caller.uid for endpoint in self._endpoints.values())
         if own >= MAX_MOUNTS_OF_OTHERS and not rights.is_trusted(caller):
             raise UserError(f"you have {own} mounts, which is the most for one user: unmount some")
         plan = await self.plan(request, caller)
         # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
         plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
         self._reserve(plan)
+        mount = Mount(plan, self.events, self._reaper)
+        await self._start(mount)
+        return mount
+
+    async def _start(self, endpoint: Endpoint) -> None:
+        """Start what has its name and its place. Cancelled, or if that fails, it leaves nothing behind."""
+        plan = endpoint.plan
         try:
             async with self._starting:
-                mount = Mount(plan, self.events, self._reaper)
-                self._mounts[plan.name] = mount
-                await self._nursery.start(self._run, mount)
+                self._endpoints[plan.name] = endpoint
+                await self._nursery.start(self._run, endpoint)
         except BaseException:
             self._forget(plan)
             raise
-        return mount
 
-    async def _run(self, mount: Mount, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def _run(self, endpoint: Endpoint, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
-            await mount.run(task_status=task_status)
+            await endpoint.run(task_status=task_status)
         except Exception:
-            if not mount.was_started:
+            if not endpoint.was_started:
                 raise  # to who asked for it
-            log.exception("%s: its supervision failed by our own mistake", mount.plan.name)
+            log.exception("%s: its supervision failed by our own mistake", endpoint.plan.name)
         finally:
-            self._forget(mount.plan)
+            self._forget(endpoint.plan)
 
     def _reserve(self, plan: MountPlan) -> None:
-        if plan.mountpoint in self._points:
+        if plan.mountpoint in self._taken:
             raise BusyError(plan.mountpoint, f"{plan.mountpoint} is being mounted by another call: choose another one")
         lock = sockets.lock_mountpoint(plan.mountpoint)
         if lock is None:
@@ -128,22 +153,86 @@ class Registry:
         if there is not None:
             lock.release()
             raise BusyError(plan.mountpoint, f"{plan.mountpoint} is a mountpoint already ({there.fstype})")
-        self._points[plan.mountpoint] = (plan, lock)
+        self._taken[plan.mountpoint] = (plan, lock.release)
         self._names.add(plan.name)
 
-    def _forget(self, plan: MountPlan) -> None:
-        """Give name and mountpoint back; harmless when that has been done."""
-        mount = self._mounts.get(plan.name)
-        if mount is None or mount.plan is plan:
-            self._mounts.pop(plan.name, None)
+    def _forget(self, plan: DriverPlan) -> None:
+        """Give name and place back; harmless when that has been done."""
+        endpoint = self._endpoints.get(plan.name)
+        if endpoint is None or endpoint.plan is plan:
+            self._endpoints.pop(plan.name, None)
             self._names.discard(plan.name)
-        self._free_point(plan)
+            if isinstance(plan, BlockPlan):
+                self._names.discard(attach.files_name(plan.name))
+        self._free_place(plan)
 
-    def _free_point(self, plan: MountPlan) -> None:
-        owner, lock = self._points.get(plan.mountpoint, (None, None))
-        if owner is plan and lock is not None:
-            del self._points[plan.mountpoint]
-            lock.release()
+    def _free_place(self, plan: DriverPlan) -> None:
+        owner, give_back = self._taken.get(plan.where, (None, None))
+        if owner is plan and give_back is not None:
+            del self._taken[plan.where]
+            give_back()
+
+    # ---- devices
+
+    async def start_device(self, asked: DevicePlan) -> Endpoint:
+        """Start a driver for a device and wait until it can be used; it ends by itself when its lease does.
+
+        UserError says why that cannot be: BusyError when the name or the place is taken, StartFailedError when the
+        driver did not start (with the reason UNPLUGGED when it could not have).
+        """
+        try:
+            if self._closing:
+                raise UserError("the supervisor is ending: start it again first")
+            files = None
+            if asked.driver.provides == "block":
+                files = await self._files_driver()
+            environment = await self._environment(asked.owner or Identity.own())
+            # From here to the end of _start's first step nothing is awaited: of two that want the same, one gets it.
+            endpoint = self._reserve_device(asked, environment, files)
+        except BaseException:
+            if asked.lease is not None:
+                asked.lease.close()
+            raise
+        await self._start(endpoint)
+        return endpoint
+
+    async def end(self, endpoint: Endpoint, reason: Reason) -> None:
+        """End what was started for a device: in order if that can be had, and in any case. Bounded in time."""
+        try:
+            await endpoint.unmount(reason, lazy=False)
+        except BusyError:
+            log.info("%s: it is in use and is ended all the same", endpoint.plan.name)
+        if not endpoint.is_gone:
+            await endpoint.end(reason)
+
+    def _reserve_device(self, asked: DevicePlan, environment: Mapping[str, str], files: Driver | None) -> Endpoint:
+        names = {asked.name}
+        if not _NAME.fullmatch(asked.name):
+            raise UserError(f"{asked.name[:80]!r} is no name for an instance")
+        if asked.driver.provides == "block":
+            names.add(attach.files_name(asked.name))
+        for name in sorted(names & self._names):
+            raise BusyError(name, f"the name {name} is taken: choose another name")
+        place = self.places.take(asked.name)
+        try:
+            around = attach.Surroundings(
+                place=place.path, socket=self.places.socket(asked.name), environment=environment, files=files
+            )
+            plan = attach.make_plan(asked, around)
+            endpoint = attach.make_endpoint(plan, self.events, self._reaper)
+        except BaseException:
+            place.give_back()
+            raise
+        self._taken[plan.where] = (plan, place.give_back)
+        self._names |= names
+        return endpoint
+
+    async def _files_driver(self) -> Driver | None:
+        try:
+            return await catalog.find(attach.FILES, trusted_only=False)
+        except UserError as exc:
+            log.warning("block devices are not shown as files: %s", exc)
+            return None
 
     async def plan(self, request: MountRequest, caller: Identity) -> MountPlan:
         """Check a request; its plan, which has no name yet. Nothing is taken or started."""
@@ -179,7 +268,7 @@ class Registry:
             options=mount_options,
             owner=owner,
             shim_as=run_as,
-            sandbox=_sandbox(driver, owner, checked.source),
+            sandbox=driver.sandbox(owner, checked.source),
             environment=await self._environment(owner),
             exclusive=driver.exclusive,
             acl=driver.acl,
@@ -218,32 +307,38 @@ class Registry:
 
     # ---- unmounting
 
-    async def unmount(self, mount: Mount, *, lazy: bool) -> None:
+    async def unmount(self, endpoint: Endpoint, *, lazy: bool) -> None:
         """Unmount for an operator. BusyError when files are open."""
-        await mount.unmount(Reason.OPERATOR, lazy=lazy)
-        if mount.is_lazy:
-            self._free_point(mount.plan)  # somebody else may mount there while this one still serves
+        if endpoint.plan.lease is not None:
+            raise UserError(
+                f"{endpoint.plan.where} is where the device of {endpoint.plan.name} is found as long as it is plugged"
+                " in: unplug it, or deny it its driver by a rule"
+            )
+        await endpoint.unmount(Reason.OPERATOR, lazy=lazy)
+        if endpoint.is_lazy:
+            self._free_place(endpoint.plan)  # somebody else may mount there while this one still serves
 
     async def stop_all(self, hurry: trio.Event) -> None:
-        """End every mount, the last one first. What is in use is unmounted lazily. Bounded in time.
+        """End everything, the last one first. What is in use is unmounted lazily. Bounded in time.
 
         With `hurry` set nothing is waited for any more.
         """
         self._closing = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cut_short, hurry, nursery.cancel_scope)
-            for mount in reversed(list(self._mounts.values())):
+            for endpoint in reversed(list(self._endpoints.values())):
                 try:
-                    await mount.unmount(Reason.SHUTDOWN, lazy=False)
+                    await endpoint.unmount(Reason.SHUTDOWN, lazy=False)
                 except BusyError:
-                    log.warning("%s: %s is in use and is unmounted lazily", mount.plan.name, mount.plan.mountpoint)
-                    await mount.end(Reason.SHUTDOWN)
-                if mount.is_lazy:
-                    await mount.end(Reason.SHUTDOWN)
+                    name, where = endpoint.plan.name, endpoint.plan.where
+                    log.warning("%s: %s is in use and is unmounted lazily", name, where)
+                    await endpoint.end(Reason.SHUTDOWN)
+                if endpoint.is_lazy:
+                    await endpoint.end(Reason.SHUTDOWN)
             nursery.cancel_scope.cancel()
         async with trio.open_nursery() as nursery:
-            for mount in list(self._mounts.values()):
-                nursery.start_soon(mount.end, Reason.SHUTDOWN)
+            for endpoint in list(self._endpoints.values()):
+                nursery.start_soon(endpoint.end, Reason.SHUTDOWN)
 
     async def _cut_short(self, hurry: trio.Event, stopping: trio.CancelScope) -> None:
         with trio.move_on_after(STOP_ALL_TIMEOUT) as limit:
@@ -287,20 +382,3 @@ def _check_command(command: str) -> None:
         raise UserError(f"the command {command[:80]!r} cannot be split into words: {exc}") from None
     if not any("{mountpoint}" in word for word in words[1:]):
         raise UserError("the command needs {mountpoint} where the program expects its mountpoint")
-
-
-def _sandbox(driver: Driver, owner: Identity, source: str | None) -> messages.Sandbox:
-    # Capabilities are only for root's own mounts: with them a mirror would show a user what only root may read.
-    is_root = os.geteuid() == 0
-    # Without root, namespaces cost a user namespace, in which all other users' ids look the same. A program needs them
-    # for the fusermount in its place; a driver that mirrors a tree would show wrong owners, and goes without.
-    mirrors = driver.spec.command is None and driver.source_kind not in ("none", "file", "url")
-    return messages.Sandbox(
-        uid=owner.uid,
-        gid=owner.gid,
-        groups=list(owner.groups),
-        capabilities=list(driver.capabilities) if is_root and owner.uid == 0 else [],
-        namespaces=is_root or not mirrors,
-        nofile=NOFILE,
-        keep_paths=[source] if source is not None and source.startswith("/") else [],
-    )
