@@ -84,6 +84,7 @@ class Tenant:
         self.lease = lease
         self.name = ""
         self.by_id = ""
+        self.is_linked = False  # its name by-id can be seen
         self.endpoint: Endpoint | None = None
         self.stopping = trio.Event()  # it is not wanted any more
 
@@ -172,6 +173,7 @@ class Binder:
             if tenant.binding.key not in present:
                 tenant.lease.end()
                 tenant.stopping.set()
+                self._unlink(tenant)  # its name may be wanted for what comes in its place
         for key in [key for key in self.known if key not in present]:
             self._forget(self.known.pop(key))
         verdicts = wanted(
@@ -214,7 +216,7 @@ class Binder:
             _identity(tenant),
             tenant.facts.manufacturer,
             tenant.facts.product_name,
-            {each.by_id for each in self.tenants if not each.lease.gone},
+            {each.by_id for each in self.tenants if not each.lease.gone},  # those of the gone are free at once
         )
         self.tenants.append(tenant)
         self._nursery.start_soon(self._serve, tenant)
@@ -280,7 +282,7 @@ class Binder:
             return
         tenant.endpoint = endpoint
         began = trio.current_time()
-        self._starter.linked(tenant.name, tenant.by_id)
+        self._link(tenant)
         self.bell.ring()
         self.poke()  # something may have waited for it
         try:
@@ -289,10 +291,20 @@ class Binder:
                 await endpoint.ended.wait()
                 nursery.cancel_scope.cancel()
         finally:
-            self._starter.unlinked(tenant.by_id)
+            self._unlink(tenant)
         if not tenant.lease.gone and not tenant.stopping.is_set():
             final = endpoint.instance.reason in _FINAL
             self._failed(tenant, endpoint.instance.text, trio.current_time() - began, final=final)
+
+    def _link(self, tenant: Tenant) -> None:
+        if not tenant.lease.gone:
+            tenant.is_linked = True
+            self._starter.linked(tenant.name, tenant.by_id)
+
+    def _unlink(self, tenant: Tenant) -> None:
+        if tenant.is_linked:
+            tenant.is_linked = False
+            self._starter.unlinked(tenant.by_id)
 
     async def _end_when_unwanted(self, tenant: Tenant, endpoint: Endpoint) -> None:
         await tenant.stopping.wait()

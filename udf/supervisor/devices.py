@@ -1,0 +1,379 @@
+"""All devices of one daemon: its buses, what is bound to what, and what the operator asks of them.
+
+Owns: the buses, the leases made of their devices, the links below R/dev/by-id, and the answers for `udf devices`,
+`udf why`, `udf plug` and their like. Must never: decide which driver a device gets (udf.usb.matching does) or when
+(binder.py does), or put a text of a device into a path or an answer as it came. Called by: daemon.py, devicecalls.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from udf.errors import UserError
+from udf.supervisor import sockets
+from udf.supervisor.binder import Binder, Known, Present, Starter, Tenant
+from udf.supervisor.emulator import Emulator
+from udf.supervisor.instance import EventLog, State
+from udf.supervisor.lease import Lease
+from udf.supervisor.offers import Offers
+from udf.supervisor.output import sentence
+from udf.usb import descriptors
+from udf.usb.bus import Bus, BusDevice
+from udf.usb.matching import DeviceFacts, InterfaceFacts, Verdict
+from udf.usb.remote import UsbipBus
+
+ARRIVAL_WAIT = 10.0  # from the emulator's word that it is plugged in until the bus has it
+BINDING_WAIT = 30.0  # from there until a driver serves it, or does not
+EMULATED = "emulated"
+
+log = logging.getLogger("udf.devices")
+Row = dict[str, Any]
+
+
+class BusLease(Lease):
+    """One arrival of a device of some bus."""
+
+    def __init__(self, bus: Bus, device: BusDevice, interface: int | None) -> None:
+        super().__init__(device.spec(interface))
+        self._bus = bus
+        self._key = device.key
+
+    async def open(self) -> socket.socket:
+        """A connection for one generation."""
+        return await self._bus.open(self._key)
+
+    def close(self) -> None:
+        """The bus keeps nothing of it."""
+
+
+class Devices:
+    """`runtime` is the daemon's directory (R). `nursery` ends with the daemon, `reaper` after it."""
+
+    def __init__(
+        self,
+        runtime: Path,
+        events: EventLog,
+        starter: Callable[[Path], Starter],
+        nursery: trio.Nursery,
+        reaper: trio.Nursery,
+        *,
+        usbip: Sequence[str] = (),
+        rules: str | None = None,
+    ) -> None:
+        self.root = runtime / "dev"
+        self.by_id = self.root / "by-id"
+        self._buses: list[Bus] = [UsbipBus(_host_and_port(text), text) for text in usbip]
+        self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival
+        self._names: dict[str, str] = {}  # of emulated devices, by busid
+        self._nursery = nursery
+        self.offers = Offers(rules, self._changed)
+        self.binder = Binder(self._present, lambda: self.offers.now, starter(runtime), events, nursery)
+        self._emulator = Emulator(runtime / "usbip.sock", nursery, reaper)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; `started` when drivers and rules are known."""
+        self._make_directories()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.offers.run)
+            for bus in self._buses:
+                nursery.start_soon(self._run_bus, bus)
+            nursery.start_soon(self.binder.run)
+            task_status.started()
+
+    async def close(self) -> None:
+        """After the end of all instances: nothing is plugged in any more."""
+        await self._emulator.close()
+        shutil.rmtree(self.by_id, ignore_errors=True)
+        with suppress(OSError):
+            self.root.rmdir()
+
+    def _changed(self) -> None:
+        self.binder.poke()
+
+    async def _run_bus(self, bus: Bus) -> None:
+        try:
+            await bus.run(self._changed)
+        except Exception:
+            # One bus must not take the mounts of all others with it.
+            log.exception("the bus %s failed by our own mistake; its devices are gone", bus.name)
+            self._buses.remove(bus)
+            self._changed()
+
+    def _make_directories(self) -> None:
+        sockets.make_directory(self.root)
+        shutil.rmtree(self.by_id, ignore_errors=True)  # of a daemon that was killed
+        self.by_id.mkdir(mode=0o755, exist_ok=True)
+
+    # ---- what is there
+
+    def _present(self) -> Mapping[str, Present]:
+        found: dict[str, Present] = {}
+        for bus in self._buses:
+            for device in bus.devices().values():
+                key = f"{bus.name}/{device.key}"
+                facts = self._facts.get(key)
+                if facts is None:
+                    facts = self._facts[key] = facts_of(key, bus.name, device)
+                found[key] = Present(facts, _leases(bus, device))
+        for key in [key for key in self._facts if key not in found]:
+            del self._facts[key]
+        return found
+
+    def rows(self) -> list[Row]:
+        """Every device as the interface describes it."""
+        return [self._row(known) for _, known in sorted(self.binder.known.items())]
+
+    def find(self, text: str) -> Known:
+        """The device that is meant: by a driver's instance, its name, port, key, VENDOR:PRODUCT or serial number."""
+        self.binder.poke()
+        devices = list(self.binder.known.values())
+        for names in (self._exact_names, self._other_names):
+            found = [known for known in devices if text in names(known)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                keys = ", ".join(sorted(_shown(known.facts.key) for known in found))
+                raise UserError(f"{text!r} may be any of {keys}: say which one is meant")
+        raise NoDeviceError(f"there is no device {text!r}: `udf devices` lists those that are there")
+
+    def _exact_names(self, known: Known) -> set[str]:
+        facts = known.facts
+        tenants = self.binder.tenants_of(facts.key)
+        return {
+            facts.key,
+            _shown(facts.key),
+            self._name_of(facts),
+            *(t.name for t in tenants),
+            *(t.by_id for t in tenants),
+        }
+
+    def _other_names(self, known: Known) -> set[str]:
+        facts = known.facts
+        return {facts.port, facts.serial, _shown(facts.serial), f"{facts.vendor:04x}:{facts.product:04x}"} - {""}
+
+    def _name_of(self, facts: DeviceFacts) -> str:
+        return self._names.get(facts.port, "") if facts.bus == EMULATED else ""
+
+    def why(self, known: Known) -> list[Row]:
+        """Every driver that was looked at for a device, and why it was or was not chosen."""
+        verdict = known.verdict
+        return [
+            {
+                "driver": each.driver,
+                "interface": each.interface,
+                "score": each.score,
+                "chosen": each.chosen,
+                "reason": sentence(each.reason),
+            }
+            for each in (verdict.candidates if verdict is not None else ())
+        ]
+
+    def row(self, known: Known) -> Row:
+        """One device as the interface describes it."""
+        return self._row(known)
+
+    def _row(self, known: Known) -> Row:
+        facts = known.facts
+        tenants = self.binder.tenants_of(facts.key)
+        word, text = self._state(known, tenants)
+        return {
+            "key": _shown(facts.key),
+            "bus": _shown(facts.bus),
+            "port": _shown(facts.port),
+            "name": _shown(self._name_of(facts)),
+            "vendor": facts.vendor,
+            "product": facts.product,
+            "manufacturer": _shown(facts.manufacturer),
+            "product_name": _shown(facts.product_name),
+            "serial": _shown(facts.serial),
+            "classes": [f"{a:02x}/{b:02x}/{c:02x}" for a, b, c in _triples(facts)],
+            "state": word,
+            "text": sentence(text),
+            "instances": [self._instance(tenant) for tenant in tenants],
+        }
+
+    def _instance(self, tenant: Tenant) -> Row:
+        instance = None if tenant.endpoint is None else tenant.endpoint.instance
+        return {
+            "name": tenant.name,
+            "driver": tenant.binding.driver.name,
+            "interface": tenant.binding.interface,
+            "provides": tenant.binding.driver.provides,
+            "state": State.STARTING if instance is None else instance.state,
+            "text": "" if instance is None else sentence(instance.text),
+            "path": str(self.root / tenant.name),
+            "by_id": str(self.by_id / tenant.by_id) if tenant.serves else "",
+        }
+
+    def _state(self, known: Known, tenants: list[Tenant]) -> tuple[str, str]:
+        """One word and a sentence: what a person wants to know first."""
+        verdict = known.verdict or Verdict(known.facts.key, "waiting", "it has just arrived")
+        if tenants:
+            if any(tenant.stopping.is_set() for tenant in tenants):
+                return "ending", f"{tenants[0].name} gives it back"
+            if all(tenant.serves for tenant in tenants):
+                broken = [t.endpoint for t in tenants if t.endpoint and t.endpoint.instance.state is State.FAILED]
+                if broken:
+                    return "failed", broken[0].instance.text
+                return "bound", verdict.text
+            return "starting", f"{tenants[0].binding.driver.name} starts"
+        for driver, _, text, again in self.binder.failures_of(known.facts.key):
+            after = (
+                "; it is tried again" if again else f": `udf replug`, or a change of the driver {driver}, tries again"
+            )
+            return "failed", f"{text}{after}"
+        return verdict.word, verdict.text
+
+    # ---- what the operator asks
+
+    async def plug(self, model: str, options: Mapping[str, str], name: str | None, faults: Sequence[str]) -> Row:
+        """Plug an emulated device in, and wait until it is bound, or known why it is not."""
+        self._ensure_emulated_bus()
+        before = set(self._present())
+        answer = await self._emulator.command(
+            "plug", start=True, model=model, options=dict(options), name=name, faults=list(faults)
+        )
+        busid = str(answer.get("busid", ""))
+        self._names[busid] = str(answer.get("name", ""))
+        return await self._arrival(busid, before)
+
+    async def unplug(self, text: str) -> None:
+        """Pull an emulated device out, and wait until its driver has ended."""
+        name, busid = self._emulated(text)
+        before = self._on_bus(busid)
+        await self._emulator.command("unplug", name=name)
+        self._names.pop(busid, None)
+        await self._departure(before)
+
+    async def replug(self, text: str) -> Row:
+        """Pull it out and plug it in again; as `plug`."""
+        name, busid = self._emulated(text)
+        before = set(self._present())
+        answer = await self._emulator.command("replug", name=name)
+        busid = str(answer.get("busid", busid))
+        self._names[busid] = name
+        return await self._arrival(busid, before)
+
+    async def faults(self, text: str, rules: Sequence[str]) -> None:
+        """What goes wrong with an emulated device from now on."""
+        await self._emulator.command("faults", name=self._emulated(text)[0], faults=list(rules))
+
+    def _emulated(self, text: str) -> tuple[str, str]:
+        """The name and busid of the emulated device that is meant."""
+        for busid, name in self._names.items():
+            if name == text:
+                return name, busid  # it may be out just now: the emulator knows
+        facts = self.find(text).facts
+        name = self._name_of(facts)
+        if not name:
+            raise UserError(f"{text!r} is not an emulated device: pull it out by hand")
+        return name, facts.port
+
+    def _on_bus(self, busid: str) -> set[str]:
+        return {key for key, each in self._present().items() if each.facts.bus == EMULATED and each.facts.port == busid}
+
+    async def _arrival(self, busid: str, before: set[str]) -> Row:
+        bell = self.binder.bell
+        with trio.move_on_after(ARRIVAL_WAIT):
+            await bell.until(lambda: bool(self._on_bus(busid) - before))
+        new = self._on_bus(busid) - before
+        if not new:
+            raise UserError(f"it is plugged in as {busid}, but the bus has not told of it in {ARRIVAL_WAIT:g} s")
+        key = max(new)
+        await self.binder.settled(key, BINDING_WAIT)
+        known = self.binder.known.get(key)
+        if known is None:
+            raise UserError("it was unplugged while its driver started")
+        return self._row(known)
+
+    async def _departure(self, keys: set[str]) -> None:
+        def is_gone() -> bool:
+            return not keys & self._present().keys() and not any(self.binder.tenants_of(key) for key in keys)
+
+        self.binder.poke()
+        await self.binder.bell.within(BINDING_WAIT, is_gone)
+
+    def _ensure_emulated_bus(self) -> None:
+        if not any(bus.name == EMULATED for bus in self._buses):
+            bus = UsbipBus(str(self._emulator.path), EMULATED)
+            self._buses.append(bus)
+            self._nursery.start_soon(self._run_bus, bus)
+
+
+class NoDeviceError(UserError):
+    """No such device."""
+
+
+class Links:
+    """The names below R/dev/by-id."""
+
+    def __init__(self, by_id: Path) -> None:
+        self._by_id = by_id
+
+    def linked(self, name: str, by_id: str) -> None:
+        """Let a name point to an instance's directory."""
+        with suppress(OSError):  # a name is a convenience; the instance is there without
+            path = self._by_id / by_id
+            path.unlink(missing_ok=True)
+            os.symlink(f"../{name}", path)
+
+    def unlinked(self, by_id: str) -> None:
+        """Take the name away."""
+        with suppress(OSError):
+            (self._by_id / by_id).unlink(missing_ok=True)
+
+
+def _leases(bus: Bus, device: BusDevice) -> Callable[[int | None], Lease]:
+    return lambda interface: BusLease(bus, device, interface)
+
+
+def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:
+    """What matching needs of a device; of nonsense in its descriptors as much as can be read."""
+    parsed = [descriptors.parse_configuration(each, lenient=True) for each in device.configurations]
+    active = [each for each in parsed if each.value == device.configuration] or parsed
+    interfaces = [
+        InterfaceFacts(alternates[0].number, tuple(each.triple for each in alternates))
+        for alternates in (active[0].interfaces if active else ())
+        if alternates
+    ]
+    return DeviceFacts(
+        key=key,
+        vendor=device.vendor,
+        product=device.product,
+        device_class=device.device_class,
+        interfaces=tuple(interfaces),
+        manufacturer=device.manufacturer,
+        product_name=device.product_name,
+        serial=device.serial,
+        port=device.busid,
+        bus=bus,
+    )
+
+
+def _triples(facts: DeviceFacts) -> list[tuple[int, int, int]]:
+    found = [triple for interface in facts.bounded() for triple in interface.triples[:1]]
+    return list(dict.fromkeys(found or [facts.device_class]))
+
+
+def _shown(text: str) -> str:
+    """A text of a device or a bus for an answer: bounded, on one line, without anything that steers a terminal."""
+    return sentence(text[:200])
+
+
+def _host_and_port(text: str) -> str:
+    """What --usbip says, checked: HOST, HOST:PORT, [ADDRESS]:PORT, or the path of a socket."""
+    if not text or not text.isprintable() or len(text) > 300:
+        raise UserError(f"--usbip needs HOST or HOST:PORT, not {text[:80]!r}")
+    host, colon, port = text.rpartition(":")
+    if "/" not in text and colon and "]" not in port and (not host or not port.isdigit() or not 0 < int(port) < 65536):
+        raise UserError(f"--usbip {text} has no usable port: write HOST:PORT, such as {host or 'box'}:3240")
+    return text
