@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import usb.core
 import usb.util
@@ -149,8 +148,7 @@ class UsbStorage(UsbDriver):
     # ---- what of the device is used
 
     def _pipes(self) -> Pipes:
-        connection: Any = getattr(self.usb, "connection", None) if self._queues else None
-        return OneByOne(self.device) if connection is None else Queued(self.device, connection)
+        return Queued(self.device, self.usb.connection) if self._queues else OneByOne(self.device)
 
     def _endpoints(self) -> tuple[int, int, int, int]:
         """The interface, its bulk endpoints, and to how many bytes commands are filled up."""
@@ -172,12 +170,15 @@ class UsbStorage(UsbDriver):
                 raise ContractError("the mass storage interface lacks a bulk endpoint")
             number = interface.bInterfaceNumber
             try:
+                # Of several interfaces only the one that this driver was bound to can be claimed.
                 usb.util.claim_interface(self.device, number)
                 if interface.bAlternateSetting:
                     self.device.set_interface_altsetting(number, interface.bAlternateSetting)
             except usb.core.USBError as exc:
                 if exc.errno == errno.ENODEV:
                     raise DeviceGone(str(exc)) from exc
+                if exc.errno == errno.EBUSY:
+                    continue
                 raise ContractError(f"the mass storage interface cannot be used: {exc}") from exc
             fill = SUBCLASSES[interface.bInterfaceSubClass]
             return number, found[usb.util.ENDPOINT_IN], found[usb.util.ENDPOINT_OUT], fill
