@@ -72,10 +72,10 @@ class UsbStorage(UsbDriver):
 
     async def start(self) -> None:
         """Reset what a generation before may have left, and see what is there."""
+        self._engine = Engine(self._idle)
         interface, endpoint_in, endpoint_out, fill = self._endpoints()
         pipes = self._pipes()
         self._transport = Transport(pipes, interface, endpoint_in, endpoint_out, fill=fill)
-        self._engine = Engine(self._idle)
         try:
             await self._engine.run(self._begin)
         except TransportFault as exc:
@@ -122,14 +122,16 @@ class UsbStorage(UsbDriver):
             self._engine.tell(self.units_changed)
 
     def _idle(self) -> float | None:
-        """Look for other media, now and then."""
-        removable = [unit for unit in self._units.values() if unit.facts and unit.facts.removable]
-        if not removable or self.usb.gone.is_set():
+        """Look, now and then, for media that come, go or become ready."""
+        waiting = [
+            unit for unit in self._units.values() if unit.facts and (unit.facts.removable or not unit.facts.size)
+        ]
+        if not waiting or self.usb.gone.is_set():
             return None
         left = self._polled + POLL - time.monotonic()
         if left > 0:
             return left
-        for unit in removable:
+        for unit in waiting:
             try:
                 unit.poll()
             except (DeviceGone, usb.core.USBError):

@@ -70,8 +70,11 @@ def facts_of(unit: Asker) -> Facts | None:
     if who is None or not who.is_present:
         return None
     name = " ".join(filter(None, (who.vendor, who.product))) or "a disk without a name"
-    if unit.ready() is Action.EMPTY:
-        return Facts(name, who.removable)
+    try:
+        if unit.ready() is Action.EMPTY:
+            return Facts(name, who.removable)
+    except OSError as exc:
+        raise NotUsable(f"{name} does not become ready: {exc.strerror}", Facts(name, who.removable)) from exc
     capacity = _capacity(unit, who)
     refusal = size_refusal(capacity)
     if refusal or capacity is None:

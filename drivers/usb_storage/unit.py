@@ -199,7 +199,7 @@ class LogicalUnit:
         timeout: float,
         buffer: memoryview | None = None,
         *,
-        patience: float = PATIENCE,
+        patience: float | None = None,
         faults: int = MAX_RETRIES,
     ) -> int:
         """Run a command until the device has done it; how many bytes were moved. Failed says why it did not.
@@ -207,6 +207,7 @@ class LogicalUnit:
         Every command that is sent here may be sent again, whatever became of it.
         """
         started = time.monotonic()
+        patience = PATIENCE if patience is None else patience
         attentions = retries = waits = 0
         while True:
             reply = self._run(command, timeout, buffer, faults)

@@ -75,9 +75,9 @@ def read_csw(data: bytes, tag: int, length: int) -> Csw | str:
         return "it reports a phase error"
     if status not in (Status.PASSED, Status.FAILED):
         return f"its status {status} has no meaning"
-    if residue > length:
+    if residue > length and length:  # where nothing can be left, devices are careless
         return f"it left {residue} bytes of {length}"
-    return Csw(Status(status), residue)
+    return Csw(Status(status), min(residue, length))
 
 
 def after_command(outcome: Outcome) -> Turn:
