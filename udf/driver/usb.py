@@ -3,7 +3,8 @@
 Owns: what an author subclasses, and how a device's connection becomes `self.device` and `self.usb`. Must never: know
 where the device is, or how it is reached. Called by: the driver host, before the driver's own `__init__`.
 
-A driver that provides files also implements the verbs of FsDriver; one that provides something else need not.
+A driver that provides files also implements the verbs of FsDriver, one that provides block devices `units`; one that
+provides something else needs neither.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import usb.core
 
+from udf.driver.block import BlockSource
 from udf.driver.fs import FsDriver
 from udf.errors import DeviceGone
 from udf.messages import DeviceSpec
@@ -21,7 +23,7 @@ from udf.usb.client import Connection
 from udf.usb.transfers import Transfers
 
 
-class UsbDriver(FsDriver):
+class UsbDriver(FsDriver, BlockSource):
     """A driver of the one device that it was bound to. Both ways to it may be used together, from any thread.
 
     The device is configured when the driver is made. Unplug ends every transfer that waits: with DeviceGone in
