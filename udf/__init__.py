@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from udf.driver.fs import Space as Space
     from udf.driver.journal import Journal as Journal
     from udf.driver.store import Store as Store
+    from udf.driver.usb import UsbDriver as UsbDriver
     from udf.errors import ContractError as ContractError
     from udf.errors import DeviceGone as DeviceGone
     from udf.errors import UdfError as UdfError
@@ -29,6 +30,7 @@ _HOMES = {
     "Space": "udf.driver.fs",
     "Journal": "udf.driver.journal",
     "Store": "udf.driver.store",
+    "UsbDriver": "udf.driver.usb",
     "still_working": "udf.host.progress",
     "ContractError": "udf.errors",
     "DeviceGone": "udf.errors",
@@ -46,6 +48,7 @@ __all__ = [
     "Space",
     "Store",
     "UdfError",
+    "UsbDriver",
     "UserError",
     "__version__",
     "still_working",
