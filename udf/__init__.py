@@ -9,6 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from udf.block.client import BlockClient as BlockClient
+    from udf.driver.block import BlockDriver as BlockDriver
+    from udf.driver.block import BlockUnit as BlockUnit
+    from udf.driver.block import Extent as Extent
     from udf.driver.fs import Attr as Attr
     from udf.driver.fs import FsDriver as FsDriver
     from udf.driver.fs import Space as Space
@@ -24,6 +28,10 @@ __version__ = "0.1.0"
 INTERFACE = 1  # the version of everything exported here; a manifest names the one it was written for
 
 _HOMES = {
+    "BlockClient": "udf.block.client",
+    "BlockDriver": "udf.driver.block",
+    "BlockUnit": "udf.driver.block",
+    "Extent": "udf.driver.block",
     "Attr": "udf.driver.fs",
     "FsDriver": "udf.driver.fs",
     "Space": "udf.driver.fs",
@@ -39,8 +47,12 @@ _HOMES = {
 __all__ = [
     "INTERFACE",
     "Attr",
+    "BlockClient",
+    "BlockDriver",
+    "BlockUnit",
     "ContractError",
     "DeviceGone",
+    "Extent",
     "FsDriver",
     "Journal",
     "Space",

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.shim": ("udf.fuse", "udf.shim"),
     "udf.usb": ("udf.usb", "udf.errors", "udf.messages"),
     "udf.block": ("udf.block", "udf.driver.block", "udf.errors"),
-    "udf.block.shim": ("udf.block", "udf.errors"),
+    "udf.block.shim": ("udf.block", "udf.shim.control", "udf.errors"),
     "udf.driver": ("udf.driver", "udf.errors"),
     "udf.driver.usb": ("udf.driver", "udf.errors", "udf.usb"),
     "udf.host": (
