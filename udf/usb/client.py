@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 UNLINK_TIMEOUT = 2.0  # seconds for the answer to an UNLINK; then the transfer is given up without one
 STALL_TIMEOUT = 5.0  # a peer that takes nothing of a packet for so long has lost the device
 _SETUP_NONE = bytes(8)
+_unpack = usbip.RET_SUBMIT.unpack
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _WHOLE = int(socket.MSG_WAITALL)
 _LEFT = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)  # sending fails so when the peer has left
@@ -188,7 +189,8 @@ class Connection:
                 usbip.CMD_SUBMIT, seqnum, self._devid, is_in >> 7, endpoint & 0x0F,
                 usbip.URB_DIR_IN if is_in else 0, size, 0, usbip.NO_PACKETS, interval, _SETUP_NONE,
             )  # fmt: skip
-            rest = self._push([header] if is_in or not size else [header, view])
+            parts: list[bytes | memoryview] = [header] if is_in or not size else [header, view]
+            rest = self._push(parts)
             if rest or not self._replies.between:
                 transfer = self._make_known(view, is_in, seqnum)
                 leads = False
@@ -278,32 +280,24 @@ class Connection:
 
     def _take_own(self, view: memoryview, is_in: int, seqnum: int, milliseconds: int) -> int | Transfer:
         """Read the answer to what was just sent; if that is not what comes, the transfer that waits for it."""
-        replies = self._replies
-        replies.be_patient(milliseconds)
-        count = self._read(replies.header, usbip.URB_SIZE)
-        if count == usbip.URB_SIZE:
-            command, number, _, _, _, status, actual, _, packets, _ = usbip.RET_SUBMIT.unpack(replies.header)
-            if number == seqnum and command == 3 and not status and 0 <= actual <= view.nbytes and packets <= 0:
-                if not is_in or not actual:
-                    return int(actual)
-                count = self._read(view, actual)
-                if count == actual:
-                    return count
-                transfer = self._make_known(view, is_in, seqnum)
-                replies.take_answer(transfer, status, actual)
-                replies.took(max(count, 0))
-                return transfer
-        transfer = self._make_known(view, is_in, seqnum)
-        if count > 0:
-            replies.took(count)
-        return transfer
-
-    def _read(self, target: Buffer, size: int) -> int:
-        """So many bytes, fewer if the time is over; -1 for none."""
+        replies, sock = self._replies, self._sock
+        size = 0  # of the data that follow, once the header is ours
+        count = -1  # bytes of what is being read
         try:
-            count = self._sock.recv_into(target, size, _WHOLE)
+            if milliseconds != replies.patience:
+                replies.be_patient(milliseconds)
+            count = sock.recv_into(replies.header, usbip.URB_SIZE, _WHOLE)
+            if count == usbip.URB_SIZE:
+                command, number, _, _, _, status, actual, _, packets, _ = _unpack(replies.header)
+                if number == seqnum and command == 3 and not status and packets <= 0 and 0 <= actual <= view.nbytes:
+                    if not is_in or not actual:
+                        return int(actual)
+                    size, count = actual, -1
+                    count = sock.recv_into(view, size, _WHOLE)
+                    if count == size:
+                        return count
         except BlockingIOError:
-            return -1
+            pass
         except OSError:
             count = 0
         except BaseException:
@@ -311,7 +305,12 @@ class Connection:
             raise
         if not count:
             self._end()
-        return count
+        transfer = self._make_known(view, is_in, seqnum)
+        if size:
+            replies.take_answer(transfer, 0, size)
+        if count > 0:
+            replies.took(count)
+        return transfer
 
     def _make_known(self, view: memoryview, is_in: int, seqnum: int) -> Transfer:
         transfer = Transfer(self, bool(is_in), view)
@@ -331,10 +330,11 @@ class Connection:
             if exc.errno not in _LEFT:
                 self._end(f"nothing can be sent to it: {exc.strerror}")
             raise usb_error(Failure.NO_DEVICE) from None
-        while parts and sent >= len(parts[0]):
-            sent -= len(parts[0])
-            parts = parts[1:]
-        return [memoryview(parts[0])[sent:], *parts[1:]] if parts else parts
+        for number, part in enumerate(parts):
+            if sent < len(part):
+                return [memoryview(part)[sent:], *parts[number + 1 :]]
+            sent -= len(part)
+        return []
 
     def _push_slowly(self, parts: list[bytes | memoryview]) -> None:
         """The peer is slow, perhaps because nobody takes its answers: whoever sends must see that someone leads."""

@@ -38,7 +38,7 @@ class Replies:
         self._then = self._take_header  # what is to be done then
         self.current: Transfer | None = None  # whose answer is arriving
         self._packets = bytearray()
-        self._patience = -1
+        self.patience = -1  # milliseconds that a read may block; 0: for ever
 
     @property
     def between(self) -> bool:
@@ -50,10 +50,10 @@ class Replies:
 
         With the kernel's own time-out there is no poll(2) before each read, and a whole packet is one call.
         """
-        if milliseconds != self._patience:
+        if milliseconds != self.patience:
             seconds, rest = divmod(min(milliseconds, _FOREVER), 1000)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(seconds, rest * 1000))
-            self._patience = milliseconds
+            self.patience = milliseconds
 
     def advance(self, timeout: float | None, flags: int = socket.MSG_WAITALL) -> None:
         """Read what comes next, at most for so long. A time-out is no event: the caller looks at its clock."""
