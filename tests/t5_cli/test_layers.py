@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
     "udf.supervisor": ("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
     "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
+    "udf.testing.usb_conformance": ("udf.testing.devices", "udf.usb", "udf.errors"),
     "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
