@@ -38,6 +38,7 @@ class Replies:
         self._then = self._take_header  # what is to be done then
         self.current: Transfer | None = None  # whose answer is arriving
         self._packets = bytearray()
+        self._packets_follow = False
         self.patience = -1  # milliseconds that a read may block; 0: for ever
 
     @property
@@ -90,9 +91,10 @@ class Replies:
                 self._end(f"it answered a transfer {seqnum} that nobody asked for")
             elif not 0 <= actual <= transfer.room:
                 self._end(f"it says that {actual} bytes of {transfer.room} were moved")
-            elif packets != len(transfer.lengths) and (transfer.lengths or packets > 0):
+            elif packets != len(transfer.lengths) and (packets > 0 or (transfer.lengths and actual)):
                 self._end(f"it answered {packets} packets where {len(transfer.lengths)} were asked for")
             else:
+                self._packets_follow = packets > 0  # what failed as a whole has none
                 self.take_answer(transfer, status, actual)
         elif command == usbip.RET_UNLINK_CODE:
             if self._table.unlinked(seqnum):
@@ -121,7 +123,7 @@ class Replies:
     def _take_data(self) -> None:
         transfer = self.current
         assert transfer is not None
-        if transfer.lengths:
+        if transfer.lengths and self._packets_follow:
             self._packets = bytearray(usbip.ISO_PACKET.size * len(transfer.lengths))
             self._target = memoryview(self._packets)
             self._then = self._take_packets

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import selectors
 import socket
 import struct
@@ -89,7 +90,10 @@ class Share:
     # ---- from any thread
 
     def connect(self, interface: int) -> socket.socket:
-        """A connection for the driver of this interface. OSError: EBUSY if there is one, ENOENT, ENODEV."""
+        """A connection for the driver of this interface. OSError: EBUSY if there is one, ENOENT, ENODEV.
+
+        When the driver before has ended, what it had asked for is taken back before the new one is listened to.
+        """
         numbers = {each.number for each in self._active.all_interfaces()} if self._active is not None else set()
         if self._active is None or interface not in numbers:
             raise OSError(errno.ENOENT, f"the device has no interface {interface}")
@@ -102,7 +106,8 @@ class Share:
         with self._lock:
             if self._ended:
                 raise OSError(errno.ENODEV, "the device is gone")
-            if interface in self._ports:
+            before = self._ports.get(interface)
+            if before is not None and not _hung_up(before.sock):
                 raise OSError(errno.EBUSY, f"interface {interface} is in use")
             theirs, ours = socket.socketpair()
             ours.setblocking(False)
@@ -139,7 +144,8 @@ class Share:
         finally:
             with self._lock:
                 self._ended = True
-                ports = [*self._ports.values()]
+                served = [key.data for key in self._selector.get_map().values() if key.data is not None]
+                ports = {*self._ports.values(), *self._new, *served}
             for port in ports:
                 port.sock.close()
             self._up.close()
@@ -176,7 +182,7 @@ class Share:
                 with self._lock:
                     self._new.clear()
             elif key.data.open:
-                self._guard(key.data, lambda port=key.data, events=events: self._serve(port, events))
+                self._guard(key.data, self._serve, events)
 
     def _watch(self, sock: socket.socket, events: int, data: _Port | None) -> None:
         known = self._selector.get_map().get(sock)
@@ -187,10 +193,10 @@ class Share:
         elif known is not None and known.events != events:
             self._selector.modify(sock, events, data)
 
-    def _guard(self, port: _Port, action: Callable[[], None]) -> None:
+    def _guard(self, port: _Port, action: Callable[..., None], *arguments: int) -> None:
         """A driver that ends or misbehaves ends alone."""
         try:
-            action()
+            action(port, *arguments)
         except (OSError, EOFError):
             self._drop(port)
         except _Broken as exc:
@@ -217,7 +223,7 @@ class Share:
         if not events & selectors.EVENT_READ:
             return
         port.received += _receive(port.sock)
-        while (size := self._size_of(port.received)) and len(port.received) >= size:
+        while port.open and (size := self._size_of(port.received)) and len(port.received) >= size:
             packet = bytes(port.received[:size])
             del port.received[:size]
             if usbip.code_of(packet) == usbip.CMD_UNLINK:
@@ -229,11 +235,12 @@ class Share:
         """Of the packet that begins; 0: not known yet."""
         if len(data) < usbip.URB_SIZE:
             return 0
-        if usbip.code_of(data) == usbip.CMD_UNLINK:
+        header = bytes(data[: usbip.URB_SIZE])
+        if usbip.code_of(header) == usbip.CMD_UNLINK:
             return usbip.URB_SIZE
-        submit = usbip.unpack_submit(bytes(data[: usbip.URB_SIZE]))
+        submit = usbip.unpack_submit(header)
         if (
-            usbip.code_of(data) != usbip.CMD_SUBMIT
+            usbip.code_of(header) != usbip.CMD_SUBMIT
             or not 0 <= submit.length <= usbip.MAX_TRANSFER
             or submit.packets > usbip.MAX_ISO_PACKETS
             or submit.endpoint > 15
@@ -253,7 +260,7 @@ class Share:
             address = submit.endpoint | (0x80 if submit.direction == usbip.DIRECTION_IN else 0)
             verdict = None if address in port.endpoints else -errno.EPIPE
         if verdict is not None:
-            self._tell(port, usbip.RetSubmit(submit.seqnum, verdict, 0, packets=0).pack())
+            self._tell(port, usbip.RetSubmit(submit.seqnum, verdict, 0).pack())
             return
         number = self._number()
         packets = max(submit.packets, 0)
@@ -349,7 +356,7 @@ class Share:
         if not port.open:
             return
         port.unsent += data
-        self._guard(port, lambda: self._flush(port))
+        self._guard(port, self._flush)
 
     def _flush(self, port: _Port) -> None:
         try:
@@ -359,6 +366,15 @@ class Share:
         del port.unsent[:sent]
         if len(port.unsent) > MAX_UNREAD:
             raise _Broken("it does not take what it asked for")
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sock, select.POLLRDHUP)
+    except ValueError:
+        return True  # closed by the thread in this moment
+    return bool(poll.poll(0))
 
 
 def _receive(sock: socket.socket) -> bytes:
