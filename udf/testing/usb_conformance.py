@@ -346,8 +346,8 @@ class UsbConformance:
             opened.bench.unplug()
             for each in waiting:
                 fails(errno.ENODEV, -4, each.result, SOON)
-            for each in queued:
-                fails(errno.ENODEV, -4, each.wait, SOON)
+            for transfer in queued:
+                fails(errno.ENODEV, -4, transfer.wait, SOON)
             assert told.wait(SOON)
             assert time.monotonic() - begun < GONE_WITHIN
             for call in (
@@ -509,7 +509,7 @@ def _wait_for_end(connection: Connection) -> None:
     assert told.wait(SOON)
 
 
-def fails(number: int, code: int, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+def fails(number: int | None, code: int, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
     """The call raises what libusb raises."""
     with pytest.raises(usb.core.USBError) as caught:
         call(*arguments, **keywords)
