@@ -22,6 +22,7 @@ from udf.errors import DeviceGone
 from udf.usb.backend import Backend
 from udf.usb.client import Connection, Transfer
 from udf.usb.errors import Failure, usb_error
+from udf.usb.urb import Transfer
 
 if TYPE_CHECKING:
     import outcome
