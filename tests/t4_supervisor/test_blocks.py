@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -103,7 +104,11 @@ async def test_unplug_is_enodev_for_who_reads_and_writes(lab: Lab) -> None:
             await endpoint.ended.wait()
     assert failures == [errno.ENODEV]
     assert await errno_of_read(lab.place("disk0") / "disk") == errno.ENOENT
-    os.close(file)
+    with pytest.raises(OSError) as failure:
+        os.pwrite(file, b"x", 0)
+    assert failure.value.errno == errno.ENODEV
+    with contextlib.suppress(OSError):  # what was not flushed is lost, and close(2) may say so too
+        os.close(file)
 
 
 async def test_the_next_plug_has_the_same_name_at_once(lab: Lab) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -82,8 +81,11 @@ async def test_what_waits_for_a_device_ends_with_enodev_when_it_is_unplugged(lab
             await lab.unplug(lease)
             await endpoint.ended.wait()
     assert failures == [errno.ENODEV] * 3
-    with contextlib.suppress(OSError):  # its mount is gone, which close(2) may tell
-        os.close(file)
+    assert find_mount(str(lab.place("t0"))) is None
+    with pytest.raises(OSError) as failure:
+        os.read(file, 10)
+    assert failure.value.errno == errno.ENODEV  # its mount is gone, and still that is what is told
+    os.close(file)
 
 
 async def test_an_unplug_that_only_the_connection_tells_of_is_one_too(lab: Lab) -> None:
