@@ -249,9 +249,7 @@ class Client:
     def ask(self, op: int, offset: int, length: int, data: bytes = b"", flags: int = 0) -> int:
         """Send a request; its cookie."""
         self._cookie += 1
-        self.sock.sendall(
-            wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, op, self._cookie, offset, length) + data
-        )
+        self.sock.sendall(wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, op, self._cookie, offset, length) + data)
         return self._cookie
 
     def answer(self) -> tuple[int, int, bytes]:

@@ -136,6 +136,8 @@ class Loop:
         for sock in self._closing:
             sock.close()
         self._closing.clear()
+        if not self._listening:
+            self._listen()  # programs wait for the moment in which the units are open
 
     def _flush(self, peer: Client | DriverConnection) -> None:
         out = peer.out
