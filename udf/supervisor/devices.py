@@ -111,9 +111,9 @@ class Devices:
     def _changed(self) -> None:
         self.binder.poke()
 
-    async def _run_bus(self, bus: Bus) -> None:
+    async def _run_bus(self, bus: Bus, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
-            await bus.run(self._changed)
+            await bus.run(self._changed, task_status=task_status)
         except Exception:
             # One bus must not take the mounts of all others with it.
             log.exception("the bus %s failed by our own mistake; its devices are gone", bus.name)
@@ -241,10 +241,11 @@ class Devices:
 
     async def plug(self, model: str, options: Mapping[str, str], name: str | None, faults: Sequence[str]) -> Row:
         """Plug an emulated device in, and wait until it is bound, or known why it is not."""
-        self._ensure_emulated_bus()
+        await self._emulator.start()
+        await self._ensure_emulated_bus()
         before = set(self._present())
         answer = await self._emulator.command(
-            "plug", start=True, model=model, options=dict(options), name=name, faults=list(faults)
+            "plug", model=model, options=dict(options), name=name, faults=list(faults)
         )
         return await self._arrival(str(answer.get("busid", "")), before)
 
@@ -300,11 +301,11 @@ class Devices:
         self.binder.poke()
         await self.binder.bell.within(BINDING_WAIT, is_gone)
 
-    def _ensure_emulated_bus(self) -> None:
+    async def _ensure_emulated_bus(self) -> None:
         if not any(bus.name == EMULATED for bus in self._buses):
             bus = UsbipBus(str(self._emulator.path), EMULATED)
             self._buses.append(bus)
-            self._nursery.start_soon(self._run_bus, bus)
+            await self._nursery.start(self._run_bus, bus)
 
 
 class NoDeviceError(UserError):
