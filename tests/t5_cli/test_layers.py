@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.usb.matching": ("udf.usb", "udf.manifest"),
     "udf.usb.rules": ("udf.usb", "udf.errors", "udf.manifest"),
     "udf.block": ("udf.block", "udf.driver", "udf.errors"),
-    "udf.block.shim": ("udf.block", "udf.errors"),
+    "udf.block.shim": ("udf.block", "udf.shim.control", "udf.errors"),
     "udf.driver": ("udf.driver", "udf.errors"),
     "udf.driver.usb": ("udf.driver", "udf.usb", "udf.errors", "udf.messages"),
     "udf.host": (

@@ -13,6 +13,7 @@ from typing import Any
 
 import usb.core
 
+from udf.driver.block import BlockSource
 from udf.driver.fs import FsDriver
 from udf.errors import DeviceGone
 from udf.messages import DeviceSpec
@@ -21,7 +22,7 @@ from udf.usb.client import Connection
 from udf.usb.transfers import Transfers
 
 
-class UsbDriver(FsDriver):
+class UsbDriver(FsDriver, BlockSource):
     """A driver of the one device that it was bound to. Both ways to it may be used together, from any thread.
 
     The device is configured when the driver is made. Unplug ends every transfer that waits: with DeviceGone in

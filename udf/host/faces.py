@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 
+from udf.driver.block import BlockSource
 from udf.errors import ContractError, DeviceGone, UserError
 from udf.host.load import failure
 from udf.messages import DeviceSpec, DriverSpec
@@ -39,7 +40,8 @@ def check_class(cls: type, path: str, spec: DriverSpec) -> None:
             raise UserError(f'{path}: the class {name} is no UsbDriver, which a manifest with kind = "usb" names')
     face = face_of(spec)
     wanted = {"block": "units", "terminal": "serve"}.get(face)
-    if wanted is not None and not callable(getattr(cls, wanted, None)):
+    missing = wanted is not None and getattr(cls, wanted, None) in (None, BlockSource.units)
+    if missing:
         raise UserError(
             f"{path}: the class {name} has no {wanted}(), which every driver needs that provides what it does"
         )

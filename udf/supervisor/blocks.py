@@ -22,7 +22,7 @@ from udf.supervisor.hosts import TERM_GRACE
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.mounts import UNMOUNT_TIMEOUT, UNMOUNT_WITHOUT_DRIVER, Mount
 from udf.supervisor.plan import BlockPlan, BusyError, StartFailedError
-from udf.supervisor.shim import SILENCE, BlockShim, Listeners
+from udf.supervisor.shim import NOBODY, SILENCE, BlockShim, Listeners
 from udf.supervisor.trace import TraceFeed
 
 BACKLOG = 128
@@ -118,7 +118,7 @@ class BlockEndpoint(Endpoint):
         self._front.process.abandon()
 
     def _let_go(self) -> None:
-        del self._front.listeners
+        self._front.listeners = NOBODY
 
     def _why_gone(self) -> tuple[Reason, str]:
         shim = self._front

@@ -13,16 +13,17 @@ import trio
 
 from udf import messages
 from udf.supervisor import paths
+from udf.supervisor.bell import Bell
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.hosts import TERM_GRACE
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.plan import BusyError, MountPlan
-from udf.supervisor.shim import SILENCE, Listeners, MountShim
+from udf.supervisor.shim import NOBODY, SILENCE, Listeners, MountShim
 from udf.supervisor.trace import TraceFeed
 
 UNMOUNT_TIMEOUT = 40.0  # longer than a driver's usual deadline: an unmount writes back first
 UNMOUNT_WITHOUT_DRIVER = 5.0  # there is nobody to write back to
-LINGER = 0.5  # after an unplug, for programs with open files to be told so, and not that there is no mount any more
+GHOST = 60.0  # what is open when a device is unplugged goes on being told so, even if the mount is gone
 
 log = logging.getLogger("udf.mounts")
 
@@ -46,6 +47,7 @@ class Mount(Endpoint):
         )
         self.trace = TraceFeed(self._front.trace)
         self._unmounting = trio.Lock()
+        self._has_ghost = False
 
     def _make_front(self) -> MountShim:
         self.shim = Instance(self.plan.name, "shim", self._events)
@@ -72,11 +74,16 @@ class Mount(Endpoint):
         shim = self._front
         if not shim.is_over:  # its device is gone, and all that waited has been told
             await shim.process.send(messages.Unmount(lazy=True))
-            await self._bell.within(LINGER, lambda: shim.is_over)
+            await self._bell.within(TERM_GRACE, lambda: shim.is_over or shim.detached)
             return
         await self._bell.within(TERM_GRACE, lambda: shim.process.over)
 
     async def _end_front(self) -> str:
+        if self.recovery.is_detached and self._front.detached and not self._front.process.over:
+            # Files are open there. The shim goes on answering ENODEV until they are closed; nothing else is left.
+            self._has_ghost = True
+            self._reaper.start_soon(_end_ghost, self._front, self._bell)
+            return ""
         orderly = await self._front.finish(TERM_GRACE)  # it unmounts lazily and exits
         self._front.drop_device()  # or programs would wait for ever on a connection that nobody serves
         left = ""
@@ -87,11 +94,12 @@ class Mount(Endpoint):
         return left
 
     def _abandon_front(self) -> None:
-        self._front.process.abandon()
+        if not self._has_ghost:
+            self._front.process.abandon()
 
     def _let_go(self) -> None:
         self.trace.close()
-        del self._front.listeners
+        self._front.listeners = NOBODY
 
     def _why_gone(self) -> tuple[Reason, str]:
         shim = self._front
@@ -157,3 +165,14 @@ class Mount(Endpoint):
     def traced(self) -> TraceFeed:
         """The live trace of its operations."""
         return self.trace
+
+
+async def _end_ghost(shim: MountShim, bell: Bell) -> None:
+    """Wait until nothing is open any more, not for ever."""
+    try:
+        await bell.within(GHOST, lambda: shim.process.over)
+    finally:
+        with trio.CancelScope(shield=True):
+            await shim.finish(TERM_GRACE)
+            shim.drop_device()
+            shim.process.abandon()

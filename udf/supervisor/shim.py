@@ -45,6 +45,13 @@ class Listeners:
     exports: Callable[[], object] = lambda: None  # what a block shim exports has changed
 
 
+def _nobody(*_: object) -> None:
+    pass
+
+
+NOBODY = Listeners(fault=_nobody, failed=_nobody, overdue=_nobody, poison=_nobody, detached=_nobody)
+
+
 @dataclass
 class _Questions:
     """Answers by the number of the question; None until one has come."""
@@ -97,9 +104,9 @@ class Shim(Front):
         return f"the shim {self.process.how()}", Reason.CRASHED
 
     def start(self, nursery: trio.Nursery, reaper: trio.Nursery) -> None:
-        """Start the process and look after it."""
+        """Start the process and look after it; it may outlive its endpoint (see Mount)."""
         self.process.start(self._spawn)
-        nursery.start_soon(self.process.run, self._on_message, reaper)
+        reaper.start_soon(self.process.run, self._on_message, reaper)
 
     @abstractmethod
     def _spawn(self, control: socket.socket, output: int) -> Child:

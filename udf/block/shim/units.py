@@ -1,0 +1,229 @@
+"""One unit of the driver: what waits for it, what is under way, and what it has acknowledged but not flushed.
+
+Owns: the order in which the driver is asked (that of arrival, within a bounded window), splitting what is larger than
+it takes, and the writes that are kept until a FLUSH. Must never: answer a client itself (service.py does), or forget a
+request because of something that the driver says.
+Called by: service.py and recovery.py with requests, driver.py with what was settled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from udf.block import wire
+from udf.block.partitions import Table
+from udf.block.shim.driver import DriverConnection, Terms
+from udf.block.shim.kept import Kept
+from udf.block.shim.request import WITH_DATA, WRITING, Piece, Request
+from udf.block.shim.streams import Ended
+
+if TYPE_CHECKING:
+    from udf.block.shim.service import Service
+
+WINDOW = 8 << 20  # bytes of which the driver is asked at once
+MOST_PIECES = 128  # and commands
+_WITHOUT_DATA = 32 << 20  # the largest piece of a command that carries no data: a slow device must get somewhere
+KEPT_LIMIT = 64 << 20  # bytes of writes that no FLUSH has covered
+_EXTENSIONS = 8  # deadlines that one piece may take while others are answered
+
+_READ, _WRITE, _FLUSH = wire.CMD_READ, wire.CMD_WRITE, wire.CMD_FLUSH
+_FUA = wire.CMD_FLAG_FUA
+
+
+class Unit:
+    """A unit as it was when it was found; one that comes back otherwise is another unit."""
+
+    def __init__(self, service: Service, name: str, index: int, terms: Terms) -> None:
+        self.service = service
+        self.name = name
+        self.index = index
+        self.label = "disk" if index == 0 else f"disk{index}"
+        self.terms = terms
+        self.size = terms.size
+        self.maximum = terms.maximum
+        self.read_only = bool(terms.flags & wire.READ_ONLY)
+        self.can_flush = bool(terms.flags & wire.SEND_FLUSH)
+        self.block_size = max(512, terms.minimum)  # of its partition table
+        self.table = Table()
+        self.table_touched = False  # somebody has written where its partition table may be
+        self.scan_again = False  # a look at its partition table did not come to its end
+        self.gone = 0  # the errno for everything, once it is not there any more
+        self.lost = 0  # how often something that was acknowledged was lost
+        self.connection: DriverConnection | None = None
+        self.queue: deque[Request] = deque()
+        self.kept = Kept(service.pool)
+        self.under_way = 0  # bytes
+        self._own_flush: Request | None = None
+        self._last_answer = 0.0
+
+    def connect(self, connection: DriverConnection) -> None:
+        """Use this generation's connection."""
+        assert connection.terms is not None
+        connection.unit = self
+        self.connection = connection
+        self.maximum = connection.terms.maximum
+        self._last_answer = monotonic()
+
+    def drop_connection(self) -> None:
+        """The driver is gone: nothing is under way."""
+        if self.connection is not None:
+            self.connection.pieces.clear()
+            self.connection = None
+        self.under_way = 0
+        self._own_flush = None
+
+    # ---- asking
+
+    def pump(self) -> None:
+        """Ask the driver for what waits, as far as the window allows."""
+        connection, queue = self.connection, self.queue
+        if connection is None:
+            return
+        pieces = connection.pieces
+        now = monotonic()
+        while queue and self.under_way < WINDOW and len(pieces) < MOST_PIECES:
+            request = queue[0]
+            if request.answered:
+                queue.popleft()
+                continue
+            if not request.sent:
+                if request.op in WRITING and self.kept.bytes + self.under_way >= KEPT_LIMIT:
+                    self.flush_kept()
+                    if self._own_flush is not None:
+                        return
+                self.begin(request, now)
+            self._ask(connection, request, now)
+            if request.todo >= request.length:
+                queue.popleft()
+
+    def begin(self, request: Request, now: float) -> None:
+        """The driver is about to be asked for it."""
+        request.sent = now
+        if request.op == _FLUSH:
+            request.mark = self.kept.version
+
+    def _ask(self, connection: DriverConnection, request: Request, now: float) -> None:
+        op = request.op
+        most = self.maximum if op in WITH_DATA else _WITHOUT_DATA
+        at = request.todo
+        size = min(most, request.length - at)
+        piece = Piece(request, op, request.offset + at, size, now)
+        request.todo = at + size
+        request.open += 1
+        data = None
+        if op == _WRITE:
+            assert request.buffer is not None
+            data = request.buffer.view[request.at + at : request.at + at + size]
+        if op in WITH_DATA:
+            self.under_way += size
+        service = self.service
+        service.counters.driver_round_trips += 1
+        service.recent.append(request)
+        service.touched.add(connection)
+        try:
+            connection.send(service.next_cookie(), piece, request.flags, data)
+        except Ended:
+            pass  # the loop will see the same, and take what was answered first
+
+    def send_own(self, request: Request) -> None:
+        """Ask for all of one of our own requests at once, whatever else waits."""
+        if self.connection is None:
+            request.error = wire.EIO
+            self._finish(request)
+            return
+        self.service.register(request)
+        self.ask_whole(request)
+
+    def ask_whole(self, request: Request) -> None:
+        """Ask for all of a request at once."""
+        connection, now = self.connection, monotonic()
+        assert connection is not None
+        self.begin(request, now)
+        while True:
+            self._ask(connection, request, now)
+            if request.todo >= request.length:
+                return
+
+    def flush_kept(self) -> None:
+        """Have the driver flush so that less must be kept."""
+        if self._own_flush is not None or not len(self.kept):
+            return
+        request = Request(self, _FLUSH, 0, 0, 0, monotonic())
+        request.then = self._own_flushed
+        self._own_flush = request
+        self.service.counters.flushes_own += 1
+        self.send_own(request)
+
+    @property
+    def flushing(self) -> bool:
+        """Whether a flush of our own is under way."""
+        return self._own_flush is not None
+
+    def _own_flushed(self, request: Request) -> None:
+        if self._own_flush is not request:
+            return
+        self._own_flush = None
+        if request.error and self.kept.bytes >= KEPT_LIMIT // 2:
+            # The device cannot say that it is safe, and we cannot keep more: whoever flushes next is told.
+            self.lose(len(self.kept))
+            self.kept.covered(request.mark)
+        self.pump()
+
+    def lose(self, count: int) -> None:
+        """Something acknowledged is lost: no FLUSH of those who may have written it succeeds any more."""
+        self.lost += 1
+        self.service.counters.kept_lost += count
+
+    # ---- answers
+
+    def room_for(self, piece: Piece, size: int) -> memoryview:
+        """Where the next bytes of a read belong."""
+        request = piece.request
+        if request is None:
+            return memoryview(bytearray(size))  # nobody wants it any more
+        if request.buffer is None:
+            request.buffer = self.service.pool.take(request.length)
+        at = piece.at - request.offset + piece.filled
+        return request.buffer.view[at : at + size]
+
+    def settled(self, piece: Piece, error: int) -> None:
+        """The driver has answered a piece, all of it."""
+        self._last_answer = monotonic()
+        if piece.op in WITH_DATA:
+            self.under_way -= piece.length
+        request = piece.request
+        if request is not None:
+            request.open -= 1
+            request.error = request.error or error
+            if not request.open and (request.todo >= request.length or request.error):
+                self._finish(request)
+        if self.queue and self.service.pumping:
+            self.pump()
+
+    def _finish(self, request: Request) -> None:
+        op = request.op
+        if op in WRITING:
+            # A FUA write is safe, but it must not be undone by an older one that is written again.
+            keep = self.can_flush and request.client is not None and (not request.flags & _FUA or len(self.kept))
+            if keep and not request.error:
+                self.kept.add(request.offset, request.length, op, request.flags & wire.CMD_FLAG_NO_HOLE, request.buffer)
+                if self.kept.bytes >= KEPT_LIMIT // 2 and self.connection is not None:
+                    self.flush_kept()
+        elif op == _FLUSH and not request.error:
+            self.kept.covered(request.mark)
+        self.service.answer(request, request.error)
+
+    # ---- time
+
+    def overdue(self, now: float, seconds: float) -> list[Piece]:
+        """Pieces that have had no answer for so long, although the driver was not busy with others."""
+        if self.connection is None:
+            return []
+        quiet = now - self._last_answer > seconds
+        return [
+            piece
+            for piece in self.connection.pieces.values()
+            if (quiet and now - piece.sent > seconds) or now - piece.sent > _EXTENSIONS * seconds
+        ]
