@@ -31,7 +31,7 @@ TIOCVHANGUP = 0x5437
 _TERMIOS2 = struct.Struct("=IIIIB19xII")
 _IN_OPEN, _IN_CLOSE = 0x20, 0x08 | 0x10
 SLOW_LOOK = 0.25  # seconds between looks at a closed terminal: inotify is quicker, where it works
-STUCK_LOOK = 0.2  # seconds after which a full terminal is tried again, whatever poll says
+STUCK_LOOK = 0.2  # seconds after which a terminal is tried again: the last close after a hang-up wakes nobody
 
 
 class Settings(NamedTuple):
@@ -87,7 +87,8 @@ class Terminal:
             try:
                 return os.read(self._master, size)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._master)
+                with trio.move_on_after(STUCK_LOOK):
+                    await trio.lowlevel.wait_readable(self._master)
             except OSError as exc:
                 if exc.errno != errno.EIO:
                     raise
@@ -115,21 +116,26 @@ class Terminal:
                 fcntl.ioctl(slave, TIOCVHANGUP)
         except PermissionError:
             return False
+        self._preset()  # the kernel has set it as a new terminal is
         return True
 
     def _settle(self) -> None:
-        """Nothing is echoed to the device before a program has said what it wants."""
+        """A new terminal is made a serial port's, and can be told from one that is open."""
         if not self.is_open:
             return  # closed, and so not new
         with slave_of(self._master):
             pass
         if self.is_open:
             return  # a program has it: the generation before this one was at this point
+        self._preset()
+
+    def _preset(self) -> None:
+        """Nothing is echoed to the device before a program has said what it wants."""
         settings = termios.tcgetattr(self._master)
         settings[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
         settings[0] &= ~(termios.ICRNL | termios.IXON)
         settings[1] &= ~termios.OPOST
-        settings[2] |= termios.CLOCAL
+        settings[2] |= termios.CLOCAL | termios.HUPCL
         settings[4] = settings[5] = termios.B9600
         termios.tcsetattr(self._master, termios.TCSANOW, settings)
 

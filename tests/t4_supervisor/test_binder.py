@@ -73,6 +73,7 @@ class ScriptedEndpoint:
         await world.let_end.wait()
         self.instance.change(State.GONE, self._reason, "ended")
         del world.running[self.instance.name]
+        self._lease.close()
         self.ended.set()
 
 
@@ -111,10 +112,9 @@ class World:
         assert name not in self.running, f"{name} runs already"
         self.started.append((name, binding.driver.name))
         await self.let_start.wait()
-        if lease.gone:
-            raise UserError("the device is gone")
-        problem = self.refuse(binding)
+        problem = "the device is gone" if lease.gone else self.refuse(binding)
         if problem is not None:
+            lease.close()
             raise UserError(problem)
         assert binding.key not in [tenant.binding.key for tenant in self.binder.tenants if tenant.endpoint is not None]
         endpoint = self.running[name] = ScriptedEndpoint(self, name, lease)

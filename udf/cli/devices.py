@@ -130,10 +130,11 @@ def _plugged(row: Row, as_json: bool) -> int:
 def _said_of(row: Row) -> Iterator[str]:
     name = row["name"] or row["key"]
     for each in row["instances"]:
-        part = "" if each["interface"] is None else f", interface {each['interface']},"
-        yield f"{name}{part} is {each['name']}, by {each['driver']} ({each['state']}): {each['path']}"
+        part = "" if each["interface"] is None else f", interface {each['interface']}"
+        state = "" if each["state"] == "ACTIVE" else f", {each['state']}"
+        yield f"{name}{part}: {each['driver']} serves it as {each['name']}{state}: {each['path']}"
     if row["state"] != "bound":
-        yield f"{name} is not bound ({row['state']}): {row['text']}"
+        yield f"{name}: {row['state']}: {row['text']}"
 
 
 def _daemon(arguments: argparse.Namespace) -> client.Connection:

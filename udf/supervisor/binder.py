@@ -57,13 +57,17 @@ class Present:
 
     facts: DeviceFacts
     lease: Callable[[int | None], Lease]  # for one interface, or the whole device
+    name: str = ""  # what its bus calls it, if it does
 
 
 class Starter(Protocol):
     """Runs instances; the registry, as devices.py adapts it."""
 
     async def start(self, name: str, binding: Binding, lease: Lease) -> Endpoint:
-        """Start and wait until it can be used. UserError says why it cannot. It ends by itself when the lease does."""
+        """Start and wait until it can be used. UserError says why it cannot. It ends by itself when the lease does.
+
+        The lease is its own from here on, also to be closed.
+        """
 
     def is_taken(self, name: str) -> bool:
         """Whether something has this name that is not ours."""
@@ -115,6 +119,7 @@ class Known:
     """What is known of one device: the last verdict, and its own line among the events."""
 
     facts: DeviceFacts
+    name: str
     instance: Instance
     verdict: Verdict | None = None
     failures: dict[tuple[int | None, str], _Failure] = field(default_factory=dict)
@@ -181,7 +186,7 @@ class Binder:
         )
         again = float("inf")
         for key, verdict in verdicts.items():
-            known = self.known.get(key) or self._meet(present[key].facts)
+            known = self.known.get(key) or self._meet(present[key])
             known.verdict = verdict
             again = min(again, self._settle(known, present[key], verdict))
         return again
@@ -247,11 +252,12 @@ class Binder:
     async def _serve(self, tenant: Tenant) -> None:
         try:
             await self._wait_for_name(tenant)
-            if not tenant.stopping.is_set():
+            if tenant.stopping.is_set():
+                tenant.lease.close()
+            else:
                 await self._start_and_watch(tenant)
         finally:
             self.tenants.remove(tenant)
-            tenant.lease.close()
             self.bell.ring()
             self.poke()
 
@@ -325,9 +331,9 @@ class Binder:
 
     # ---- what is said of a device
 
-    def _meet(self, facts: DeviceFacts) -> Known:
-        known = Known(facts, Instance(facts.key, "device", self._events))
-        self.known[facts.key] = known
+    def _meet(self, present: Present) -> Known:
+        key = present.facts.key
+        known = self.known[key] = Known(present.facts, present.name, Instance(key, "device", self._events))
         return known
 
     def _forget(self, known: Known) -> None:

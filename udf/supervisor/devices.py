@@ -19,21 +19,27 @@ from typing import Any
 import trio
 
 from udf.errors import UserError
-from udf.supervisor import sockets
-from udf.supervisor.binder import Binder, Known, Present, Starter, Tenant
+from udf.supervisor import catalog, sockets
+from udf.supervisor.attach import DevicePlan
+from udf.supervisor.binder import Binder, Endpoint, Known, Present, Starter, Tenant
 from udf.supervisor.emulator import Emulator
-from udf.supervisor.instance import EventLog, State
+from udf.supervisor.endpoint import Endpoint as RunningEndpoint
+from udf.supervisor.instance import Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.offers import Offers
 from udf.supervisor.output import sentence
+from udf.supervisor.places import BY_ID
+from udf.supervisor.registry import Registry
 from udf.usb import descriptors
 from udf.usb.bus import Bus, BusDevice
-from udf.usb.matching import DeviceFacts, InterfaceFacts, Verdict
+from udf.usb.matching import Binding, DeviceFacts, InterfaceFacts, Verdict
+from udf.usb.operations import Address
 from udf.usb.remote import UsbipBus
 
 ARRIVAL_WAIT = 10.0  # from the emulator's word that it is plugged in until the bus has it
 BINDING_WAIT = 30.0  # from there until a driver serves it, or does not
 EMULATED = "emulated"
+_WITHIN = {"files": "", "block": "/disk", "terminal": "/tty"}  # what a program opens, below the instance's directory
 
 log = logging.getLogger("udf.devices")
 Row = dict[str, Any]
@@ -46,10 +52,15 @@ class BusLease(Lease):
         super().__init__(device.spec(interface))
         self._bus = bus
         self._key = device.key
+        self._interface = interface
 
     async def open(self) -> socket.socket:
-        """A connection for one generation."""
-        return await self._bus.open(self._key)
+        """A connection for one generation, whose `spec` tells the configuration that the one before has left."""
+        connection = await self._bus.open(self._key)
+        device = self._bus.devices().get(self._key)
+        if device is not None:
+            self.spec = device.spec(self._interface)
+        return connection
 
     def close(self) -> None:
         """The bus keeps nothing of it."""
@@ -61,22 +72,23 @@ class Devices:
     def __init__(
         self,
         runtime: Path,
-        events: EventLog,
-        starter: Callable[[Path], Starter],
+        registry: Registry,
         nursery: trio.Nursery,
         reaper: trio.Nursery,
         *,
         usbip: Sequence[str] = (),
         rules: str | None = None,
     ) -> None:
+        runtime = Path(os.path.realpath(runtime))
         self.root = runtime / "dev"
-        self.by_id = self.root / "by-id"
-        self._buses: list[Bus] = [UsbipBus(_host_and_port(text), text) for text in usbip]
-        self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival
-        self._names: dict[str, str] = {}  # of emulated devices, by busid
+        self.by_id = self.root / BY_ID
+        self._buses: list[Bus] = [UsbipBus(address, f"usbip:{address}") for address in map(Address.parse, usbip)]
+        self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival: a driver may configure it differently
         self._nursery = nursery
         self.offers = Offers(rules, self._changed)
-        self.binder = Binder(self._present, lambda: self.offers.now, starter(runtime), events, nursery)
+        self.binder = Binder(
+            self._present, lambda: self.offers.now, RegistryStarter(registry, self.by_id), registry.events, nursery
+        )
         self._emulator = Emulator(runtime / "usbip.sock", nursery, reaper)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -99,9 +111,9 @@ class Devices:
     def _changed(self) -> None:
         self.binder.poke()
 
-    async def _run_bus(self, bus: Bus) -> None:
+    async def _run_bus(self, bus: Bus, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
-            await bus.run(self._changed)
+            await bus.run(self._changed, task_status=task_status)
         except Exception:
             # One bus must not take the mounts of all others with it.
             log.exception("the bus %s failed by our own mistake; its devices are gone", bus.name)
@@ -123,7 +135,7 @@ class Devices:
                 facts = self._facts.get(key)
                 if facts is None:
                     facts = self._facts[key] = facts_of(key, bus.name, device)
-                found[key] = Present(facts, _leases(bus, device))
+                found[key] = Present(facts, _leases(bus, device), device.name if bus.name == EMULATED else "")
         for key in [key for key in self._facts if key not in found]:
             del self._facts[key]
         return found
@@ -146,22 +158,14 @@ class Devices:
         raise NoDeviceError(f"there is no device {text!r}: `udf devices` lists those that are there")
 
     def _exact_names(self, known: Known) -> set[str]:
-        facts = known.facts
-        tenants = self.binder.tenants_of(facts.key)
-        return {
-            facts.key,
-            _shown(facts.key),
-            self._name_of(facts),
-            *(t.name for t in tenants),
-            *(t.by_id for t in tenants),
-        }
+        names = {known.facts.key, _shown(known.facts.key), known.name}
+        for tenant in self.binder.tenants_of(known.facts.key):
+            names |= {tenant.name, tenant.by_id}
+        return names - {""}
 
     def _other_names(self, known: Known) -> set[str]:
         facts = known.facts
         return {facts.port, facts.serial, _shown(facts.serial), f"{facts.vendor:04x}:{facts.product:04x}"} - {""}
-
-    def _name_of(self, facts: DeviceFacts) -> str:
-        return self._names.get(facts.port, "") if facts.bus == EMULATED else ""
 
     def why(self, known: Known) -> list[Row]:
         """Every driver that was looked at for a device, and why it was or was not chosen."""
@@ -189,7 +193,7 @@ class Devices:
             "key": _shown(facts.key),
             "bus": _shown(facts.bus),
             "port": _shown(facts.port),
-            "name": _shown(self._name_of(facts)),
+            "name": _shown(known.name),
             "vendor": facts.vendor,
             "product": facts.product,
             "manufacturer": _shown(facts.manufacturer),
@@ -210,7 +214,7 @@ class Devices:
             "provides": tenant.binding.driver.provides,
             "state": State.STARTING if instance is None else instance.state,
             "text": "" if instance is None else sentence(instance.text),
-            "path": str(self.root / tenant.name),
+            "path": str(self.root / tenant.name) + _WITHIN[tenant.binding.driver.provides],
             "by_id": str(self.by_id / tenant.by_id) if tenant.serves else "",
         }
 
@@ -237,21 +241,19 @@ class Devices:
 
     async def plug(self, model: str, options: Mapping[str, str], name: str | None, faults: Sequence[str]) -> Row:
         """Plug an emulated device in, and wait until it is bound, or known why it is not."""
-        self._ensure_emulated_bus()
+        await self._emulator.start()
+        await self._ensure_emulated_bus()
         before = set(self._present())
         answer = await self._emulator.command(
-            "plug", start=True, model=model, options=dict(options), name=name, faults=list(faults)
+            "plug", model=model, options=dict(options), name=name, faults=list(faults)
         )
-        busid = str(answer.get("busid", ""))
-        self._names[busid] = str(answer.get("name", ""))
-        return await self._arrival(busid, before)
+        return await self._arrival(str(answer.get("busid", "")), before)
 
     async def unplug(self, text: str) -> None:
         """Pull an emulated device out, and wait until its driver has ended."""
         name, busid = self._emulated(text)
         before = self._on_bus(busid)
         await self._emulator.command("unplug", name=name)
-        self._names.pop(busid, None)
         await self._departure(before)
 
     async def replug(self, text: str) -> Row:
@@ -259,24 +261,21 @@ class Devices:
         name, busid = self._emulated(text)
         before = set(self._present())
         answer = await self._emulator.command("replug", name=name)
-        busid = str(answer.get("busid", busid))
-        self._names[busid] = name
-        return await self._arrival(busid, before)
+        return await self._arrival(str(answer.get("busid", busid)), before)
 
     async def faults(self, text: str, rules: Sequence[str]) -> None:
         """What goes wrong with an emulated device from now on."""
         await self._emulator.command("faults", name=self._emulated(text)[0], faults=list(rules))
 
     def _emulated(self, text: str) -> tuple[str, str]:
-        """The name and busid of the emulated device that is meant."""
-        for busid, name in self._names.items():
-            if name == text:
-                return name, busid  # it may be out just now: the emulator knows
-        facts = self.find(text).facts
-        name = self._name_of(facts)
-        if not name:
+        """The name and port of the emulated device that is meant; one that is out just now has no port."""
+        try:
+            known = self.find(text)
+        except NoDeviceError:
+            return text, ""  # the emulator knows also what is out, and says what there is
+        if not known.name:
             raise UserError(f"{text!r} is not an emulated device: pull it out by hand")
-        return name, facts.port
+        return known.name, known.facts.port
 
     def _on_bus(self, busid: str) -> set[str]:
         return {key for key, each in self._present().items() if each.facts.bus == EMULATED and each.facts.port == busid}
@@ -302,34 +301,58 @@ class Devices:
         self.binder.poke()
         await self.binder.bell.within(BINDING_WAIT, is_gone)
 
-    def _ensure_emulated_bus(self) -> None:
+    async def _ensure_emulated_bus(self) -> None:
         if not any(bus.name == EMULATED for bus in self._buses):
             bus = UsbipBus(str(self._emulator.path), EMULATED)
             self._buses.append(bus)
-            self._nursery.start_soon(self._run_bus, bus)
+            await self._nursery.start(self._run_bus, bus)
 
 
 class NoDeviceError(UserError):
     """No such device."""
 
 
-class Links:
-    """The names below R/dev/by-id."""
+class RegistryStarter(Starter):
+    """The registry as the binder uses it, and the links below R/dev/by-id."""
 
-    def __init__(self, by_id: Path) -> None:
+    def __init__(self, registry: Registry, by_id: Path) -> None:
+        self._registry = registry
         self._by_id = by_id
 
+    async def start(self, name: str, binding: Binding, lease: Lease) -> Endpoint:
+        """See Starter."""
+        driver = catalog.from_manifest(binding.driver)
+        plan = DevicePlan(name=name, driver=driver, lease=lease, options=binding.options)
+        return RegisteredEndpoint(self._registry, await self._registry.start_device(plan))
+
+    def is_taken(self, name: str) -> bool:
+        """See Starter."""
+        return self._registry.is_taken(name)
+
     def linked(self, name: str, by_id: str) -> None:
-        """Let a name point to an instance's directory."""
+        """See Starter."""
         with suppress(OSError):  # a name is a convenience; the instance is there without
-            path = self._by_id / by_id
-            path.unlink(missing_ok=True)
-            os.symlink(f"../{name}", path)
+            (self._by_id / by_id).unlink(missing_ok=True)
+            os.symlink(f"../{name}", self._by_id / by_id)
 
     def unlinked(self, by_id: str) -> None:
-        """Take the name away."""
+        """See Starter."""
         with suppress(OSError):
             (self._by_id / by_id).unlink(missing_ok=True)
+
+
+class RegisteredEndpoint(Endpoint):
+    """An endpoint that the registry has started."""
+
+    def __init__(self, registry: Registry, endpoint: RunningEndpoint) -> None:
+        self.instance = endpoint.instance
+        self.ended = endpoint.ended
+        self._registry = registry
+        self._endpoint = endpoint
+
+    async def end(self, reason: Reason) -> None:
+        """See Endpoint."""
+        await self._registry.end(self._endpoint, reason)
 
 
 def _leases(bus: Bus, device: BusDevice) -> Callable[[int | None], Lease]:
@@ -356,6 +379,7 @@ def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:
         serial=device.serial,
         port=device.busid,
         bus=bus,
+        is_readable=bool(device.device_descriptor),
     )
 
 
@@ -367,13 +391,3 @@ def _triples(facts: DeviceFacts) -> list[tuple[int, int, int]]:
 def _shown(text: str) -> str:
     """A text of a device or a bus for an answer: bounded, on one line, without anything that steers a terminal."""
     return sentence(text[:200])
-
-
-def _host_and_port(text: str) -> str:
-    """What --usbip says, checked: HOST, HOST:PORT, [ADDRESS]:PORT, or the path of a socket."""
-    if not text or not text.isprintable() or len(text) > 300:
-        raise UserError(f"--usbip needs HOST or HOST:PORT, not {text[:80]!r}")
-    host, colon, port = text.rpartition(":")
-    if "/" not in text and colon and "]" not in port and (not host or not port.isdigit() or not 0 < int(port) < 65536):
-        raise UserError(f"--usbip {text} has no usable port: write HOST:PORT, such as {host or 'box'}:3240")
-    return text
