@@ -42,7 +42,7 @@ the test no handle, claim, thread or descriptor may be left, and no fault rule u
 under some conditions (CONDITIONS there). A run is right if it returns the healthy result, or raises an error that says
 what has happened (after an unplug: errno ENODEV); if it ends, with few calls and within `bound`; if it leaves nothing
 behind; and if the next run, on the replugged device or on the same one, is a healthy one. explore.explore has the
-keywords. In an exploration time-outs do not take their time: nothing is waited for longer than 0.1 s.
+keywords. In an exploration time-outs do not take their time: nothing is waited for longer than 0.2 s.
 
 What it cannot do: it sees what goes through pyusb only, numbers the calls of several threads in the order in which they
 come (so `only=` may miss then), cannot end a thread that waits for a lock for ever (it is left behind as a daemon), and

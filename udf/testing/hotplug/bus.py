@@ -27,7 +27,7 @@ from udf.testing.hotplug.steps import Fault, Rule, Step
 from udf.usb.backend import Backend
 
 # Seconds, in an exploration: nothing in one process takes longer, so a longer time-out is shortened to this.
-LONGEST_WAIT = 0.1
+LONGEST_WAIT = 0.2
 
 
 class Problem(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from udf.errors import UserError
@@ -24,6 +25,7 @@ from udf.testing.hotplug.trial import Subject, Trial, same
 
 _FEW = 0.2  # of the faults may miss their call, because threads do not always come in the same order
 _SHORT_GRACE = 0.05  # seconds
+_BY_THE_CLOCK = {"hang", "thread"}
 _ENOUGH = 30  # findings, then the rest tells nothing new
 
 
@@ -87,21 +89,21 @@ class _Exploration:
         self._unclaimed: list[int] = []
         self._kernel: list[int] = []
         self._grace = GRACE
+        self._slow = False  # something by the clock was found twice
 
     def all(self, one: Fault | None) -> None:
         report = self._report
-        if not self._healthy():
+        if not self._note(self._certain(self._healthy)):
             return
-        if self._subject.replacement is not None and not self._replacement():
+        if not self._steps:
+            raise UserError("the scenario makes no call to a device: does it use usb.core.find() when it runs?")
+        if self._subject.replacement is not None and not self._note(self._certain(self._replacement)):
+            return
+        if one is not None and one.kind in ("healthy", "replacement"):
             return
         for fault in [one] if one is not None else self._faults():
-            trial = self._try(fault)
-            if trial is None:
-                continue
-            report.findings += trial.findings
-            if "thread" in report.checks:
-                self._grace = _SHORT_GRACE  # it is known now that threads are left: do not wait for each
-            if trial.findings and not self._works_again():
+            found = not self._note(self._certain(partial(self._try, fault)))
+            if found and not self._works_again():
                 report.notes.append(
                     f"after {fault} it does not work any more, also without a fault: the rest is untried"
                 )
@@ -113,6 +115,24 @@ class _Exploration:
             report.notes.append(
                 f"{len(report.missed)} faults did not find their call: the scenario is not the same each time"
             )
+
+    def _certain(self, attempt: Callable[[], Trial]) -> Trial:
+        """What only the clock says is said by it twice: a busy machine is no failure."""
+        trial = attempt()
+        if trial.findings and not self._slow and trial.checks <= _BY_THE_CLOCK:
+            trial = attempt()
+            self._slow = bool(trial.findings)
+        return trial
+
+    def _note(self, trial: Trial) -> bool:
+        """Into the report; whether nothing was found."""
+        self._report.tried.append(str(trial.fault))
+        self._report.findings += trial.findings
+        if "thread" in trial.checks:
+            self._grace = _SHORT_GRACE  # it is known now that threads are left: do not wait for each
+        if trial.missed:
+            self._report.missed.append(str(trial.fault))
+        return not trial.findings
 
     def _faults(self) -> list[Fault]:
         found = [Fault(kind) for kind in self._kinds if kind in CONDITIONS and self._can_be(kind)]
@@ -133,7 +153,7 @@ class _Exploration:
 
     # ---- without a fault
 
-    def _healthy(self) -> bool:
+    def _healthy(self) -> Trial:
         """Two undisturbed runs on one device: the numbers, and the result."""
         trial = Trial(self._subject, Fault("healthy"))
         with trial.begun():
@@ -158,12 +178,8 @@ class _Exploration:
             self._unclaimed = [number for number in present if number not in claimed] if len(present) > 1 else []
             self._kernel = [number for number, kind in present.items() if kind in KERNEL_CLASSES]
         self._report.steps = [str(step) for step in self._steps]
-        self._report.tried.append("healthy")
-        self._report.findings += trial.findings
         self._expected = first
-        if not self._steps and not trial.findings:
-            raise UserError("the scenario makes no call to a device: does it use usb.core.find() when it runs?")
-        return not trial.findings
+        return trial
 
     @staticmethod
     def _interfaces(model: Device) -> dict[int, int]:
@@ -171,7 +187,7 @@ class _Exploration:
             return {}
         return {number: each.device_class for number, each in enumerate(model.configurations[0].interfaces)}
 
-    def _replacement(self) -> bool:
+    def _replacement(self) -> Trial:
         """What a healthy run gives on the device that will be plugged in after the first one."""
         trial = Trial(self._subject, Fault("replacement"))
         with trial.begun():
@@ -184,9 +200,7 @@ class _Exploration:
                 trial.wrong("replacement", f"with the replacement it still returns {outcome}: something is remembered")
             trial.finish()
             trial.look_for_rests(final=True)
-        self._report.tried.append("replacement")
-        self._report.findings += trial.findings
-        return not trial.findings
+        return trial
 
     def _works_again(self) -> bool:
         """After a finding: whether a healthy run is one, at the second attempt at the latest."""
@@ -203,24 +217,17 @@ class _Exploration:
 
     # ---- with one
 
-    def _try(self, fault: Fault) -> Trial | None:
+    def _try(self, fault: Fault) -> Trial:
         if fault.kind in CONDITIONS:
-            trial = self._condition(fault)
-        elif fault.number > len(self._steps) + (self._subject.close is not None):
-            raise UserError(f"{fault} is not there: a healthy run makes {len(self._steps)} calls")
-        elif fault.number > len(self._steps):
-            trial = self._between(fault)
-        elif fault.number:
-            trial = self._at(fault)
-        elif fault.kind == "healthy":
-            return None
-        else:
+            return self._condition(fault)
+        steps.known(fault.kind)
+        if not fault.number:
             raise UserError(f"{fault} does not say at which call: {fault}@7")
-        if trial is not None:
-            self._report.tried.append(str(fault))
-        return trial
+        if fault.number > len(self._steps) + (self._subject.close is not None):
+            raise UserError(f"{fault} is not there: a healthy run makes {len(self._steps)} calls")
+        return self._between(fault) if fault.number > len(self._steps) else self._at(fault)
 
-    def _at(self, fault: Fault) -> Trial | None:
+    def _at(self, fault: Fault) -> Trial:
         trial = Trial(self._subject, fault, self._first, self._grace)
         with trial.begun():
             trial.bus.spare = self._subject.replacement or self._subject.plug
@@ -231,7 +238,7 @@ class _Exploration:
                 trial.expect_success(first, self._expected, "before the fault")
                 last = trial.run(device)
             if trial.bus.fired is None:
-                self._report.missed.append(str(fault))
+                trial.missed = True
                 trial.expect_success(last, self._expected, f"no call had the number {fault.number}, and")
             else:
                 self._after(trial, device, last)
@@ -286,7 +293,7 @@ class _Exploration:
                 trial.look_for_rests(final=True)
         return trial
 
-    def _condition(self, fault: Fault) -> Trial | None:
+    def _condition(self, fault: Fault) -> Trial:
         if not self._can_be(fault.kind):
             raise UserError(f"{fault} cannot be tried here: {CONDITIONS[fault.kind]}")
         trial = Trial(self._subject, fault, self._first, self._grace)

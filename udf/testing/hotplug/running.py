@@ -60,16 +60,22 @@ def run(
     ended = threading.Event()
     outcomes: list[Outcome] = []
 
-    def main() -> None:
+    def attempt() -> None:
         try:
             value = scenario()
             if inspect.iscoroutine(value):
                 value = asyncio.run(_wait_for(value))
             outcomes.append(Outcome("value", value))
         except GivenUpError:
-            outcomes.append(Outcome("hang"))
+            raise
         except BaseException as error:
             outcomes.append(_failed(error))
+
+    def main() -> None:
+        try:
+            attempt()
+        except GivenUpError:  # also one that end() has raised in the midst of the above
+            outcomes.insert(0, Outcome("hang"))
         finally:
             ended.set()
 

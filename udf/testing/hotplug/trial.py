@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from udf.errors import DeviceGone
 from udf.testing.devices.device import Device
 from udf.testing.hotplug import backend, steps
 from udf.testing.hotplug.bus import LONGEST_WAIT, Plugged, Problem, UsbBus
@@ -52,9 +53,15 @@ class Trial:
         self.bus.longest_wait = LONGEST_WAIT
         self.findings: list[Finding] = []
         self.hung = False
+        self.missed = False  # the call that was numbered did not come
         self._calls = calls  # of a healthy run; 0: not known yet
         self._before = Before.now()
         self._died: list[str] = []
+
+    @property
+    def checks(self) -> set[str]:
+        """The rules that were broken."""
+        return {finding.check for finding in self.findings}
 
     # ---- its parts
 
@@ -171,6 +178,8 @@ class Trial:
     def _may_raise(self, outcome: Outcome, kind: str) -> bool:
         if self._declared(outcome):
             return True
+        if DeviceGone in outcome.bases:  # UDF's word for ENODEV
+            return kind in LOST
         if not issubclass(outcome.bases[0], OSError):
             return False
         return kind not in LOST or outcome.errno == errno.ENODEV
