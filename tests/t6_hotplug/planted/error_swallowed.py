@@ -1,0 +1,26 @@
+"""A thermometer. When it cannot be read it is 0 degrees."""
+
+import errno
+
+import usb.core
+import usb.util
+
+
+def celsius():
+    device = usb.core.find(idVendor=0x1209, idProduct=0x7E57)
+    if device is None:
+        raise OSError(errno.ENODEV, "no thermometer")
+    try:
+        data = device.ctrl_transfer(0xC0, 1, 0, 0, 2)
+    except usb.core.USBError as error:
+        print("cannot read the thermometer:", error)
+        # BUG: return 0.0
+        raise  # FIX
+    finally:
+        usb.util.dispose_resources(device)
+    if len(data) != 2:
+        raise OSError(errno.EPROTO, "a short answer")
+    return int.from_bytes(data, "little") / 100
+
+
+use = celsius

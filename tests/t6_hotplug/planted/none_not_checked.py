@@ -1,0 +1,22 @@
+"""A thermometer. That there may be none is not thought of."""
+
+import errno
+
+import usb.core
+import usb.util
+
+
+def celsius():
+    device = usb.core.find(idVendor=0x1209, idProduct=0x7E57)
+    if device is None:  # FIX
+        raise OSError(errno.ENODEV, "no thermometer")  # FIX
+    try:
+        data = device.ctrl_transfer(0xC0, 1, 0, 0, 2)
+    finally:
+        usb.util.dispose_resources(device)
+    if len(data) != 2:
+        raise OSError(errno.EPROTO, "a short answer")
+    return int.from_bytes(data, "little") / 100
+
+
+use = celsius
