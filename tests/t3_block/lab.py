@@ -172,12 +172,11 @@ def serving(directory: Path, driver: Driver, **config: object) -> Iterator[Shim]
     """A shim that serves a driver; neither is left, and the shim has not complained."""
     shim = Shim(directory, driver, **config)
     try:
-        shim.exports = shim.serving()  # type: ignore[attr-defined]
+        shim.exports = shim.serving()
         yield shim
         crashed = shim.process.poll() not in (None, 0)
     finally:
         text = shim.close()
-        driver.kill()
         if text:
             print(text, file=sys.stderr)
     assert not crashed, "the shim ended by itself"
