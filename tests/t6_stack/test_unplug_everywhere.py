@@ -34,6 +34,8 @@ def shared() -> Iterator[Daemon]:
     from tests.conftest import make_runtime_dir
 
     with make_runtime_dir() as directory, running_daemon(directory) as running:
+        running.udf.done("plug", "thermometer", "--name", "first")  # the emulator is there before any of the tests
+        running.udf.done("unplug", "first")
         yield running
 
 
