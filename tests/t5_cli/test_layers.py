@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
         *("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
         "udf.usb",
     ),
+    "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
     "udf.__main__": ("udf.cli",),
@@ -46,6 +47,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "udf.fuse": ("trio", "pyfuse3", "msgspec"),
     "udf.block.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.cli": ("pyfuse3",),
+    "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("trio", "pyfuse3"),
 }
 
