@@ -208,6 +208,7 @@ class Emulator:
 
     def _forget(self, plugged: Plugged) -> None:
         plugged.remove()
+        plugged.forgotten = True
         if self._plugged.get(plugged.name) is plugged:
             del self._plugged[plugged.name]
             try:
