@@ -263,6 +263,7 @@ class Loop:
         self._look = None
         for connection in self.s.recovery.opened(found):
             generation.release(connection)
+        self._listen()  # programs wait for this moment
         if self._look_again and self.s.phase is Phase.SERVING:
             self._start_look()
 
