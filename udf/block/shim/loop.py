@@ -136,6 +136,8 @@ class Loop:
         for sock in self._closing:
             sock.close()
         self._closing.clear()
+        if not self._listening:
+            self._listen()  # programs wait for the moment in which the units are open
 
     def _flush(self, peer: Client | DriverConnection) -> None:
         out = peer.out
@@ -263,7 +265,6 @@ class Loop:
         self._look = None
         for connection in self.s.recovery.opened(found):
             generation.release(connection)
-        self._listen()  # programs wait for this moment
         if self._look_again and self.s.phase is Phase.SERVING:
             self._start_look()
 
