@@ -107,18 +107,6 @@ class BlockClient:
             raise
         return cls(stream, offer, timeout)
 
-    @staticmethod
-    async def exports(uri: str, *, timeout: float | None = None) -> dict[str, Offer]:
-        """What a server exports, by name: each with its size, flags and block sizes. "" is the default one."""
-        stream = Stream(await connect(parse(uri)))
-        try:
-            with _bounded(timeout):
-                return await Greeting(stream).exports()
-        except (Ended, wire.WireError) as exc:
-            raise DeviceGone(f"no block device: {exc}") from exc
-        finally:
-            stream.close()
-
     async def __aenter__(self) -> BlockClient:
         return self
 
@@ -138,11 +126,6 @@ class BlockClient:
         self._fail("the connection is closed")
 
     # ---- what the export is
-
-    @property
-    def ended(self) -> bool:
-        """The connection has ended, as far as is known: only a new one is of use."""
-        return self._failure is not None
 
     @property
     def read_only(self) -> bool:
