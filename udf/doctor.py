@@ -24,10 +24,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from udf.errors import UserError
 from udf.fuse.flags import Init
 from udf.fuse.mount import FSTYPE, MountOptions, find_mount, is_stale, mount_direct, read_mountinfo
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, INIT_IN
+from udf.usb.rules import read_rules, rules_files
 
 State = Literal["ok", "note", "bad"]
 
@@ -83,6 +85,7 @@ def examine() -> list[Finding]:
         _namespaces,
         _limits,
         _systemd,
+        _rules,
         _runtime_directory,
         _stale_mounts,
     )
@@ -342,6 +345,20 @@ def _systemd() -> Iterator[Finding]:
         return
     version = _first_number(_output("systemctl", "--version"))
     yield Finding("systemd", "ok", version)
+
+
+def _rules() -> Iterator[Finding]:
+    for path in rules_files():
+        if os.path.lexists(path):
+            try:
+                rules = read_rules(path)
+            except UserError as exc:
+                yield Finding(
+                    "rules", "bad", str(exc), "mend it: a daemon goes on with the last rules that it could read"
+                )
+            else:
+                count = len(rules.allow) + len(rules.deny) + len(rules.prefer)
+                yield Finding("rules", "ok", f"{path}: {count} about devices")
 
 
 def _runtime_directory() -> Iterator[Finding]:

@@ -61,7 +61,8 @@ class Command:
 class Daemon:
     """A running `udf daemon`, ready when constructed."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *arguments: str | Path, **environment: str) -> None:
+        self.directory = directory
         self.socket = directory / "udf.sock"
         self.udf = Command(self.socket)
         notify = directory / "notify"
@@ -70,12 +71,12 @@ class Daemon:
             ready.bind(str(notify))
             ready.settimeout(PATIENCE)
             self.process = subprocess.Popen(
-                self.udf.argv("daemon"),
+                self.udf.argv("daemon", *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={**os.environ, "NOTIFY_SOCKET": str(notify)},
+                env={**os.environ, **environment, "NOTIFY_SOCKET": str(notify)},
                 start_new_session=True,
             )
             try:
@@ -102,9 +103,9 @@ def udf() -> Command:
 
 
 @contextlib.contextmanager
-def running_daemon(directory: Path) -> Iterator[Daemon]:
+def running_daemon(directory: Path, *arguments: str | Path, **environment: str) -> Iterator[Daemon]:
     """A daemon that must end in order, unless the test ended it already."""
-    running = Daemon(directory)
+    running = Daemon(directory, *arguments, **environment)
     try:
         yield running
         if running.process.poll() is None:

@@ -29,12 +29,12 @@ from .conftest import Command
     ],
 )
 def test_options_are_split_at_commas(given: list[str], options: dict[str, str]) -> None:
-    assert commands._options(given) == options
+    assert asking.options_of(given) == options
 
 
 def test_option_without_a_name_is_refused() -> None:
     with pytest.raises(UserError, match="needs a name"):
-        commands._options(["=3"])
+        asking.options_of(["=3"])
 
 
 @pytest.mark.parametrize(

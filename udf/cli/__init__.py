@@ -1,4 +1,4 @@
-"""The command line: `udf daemon mount umount status restart hung crashes drivers events trace doctor`.
+"""The command line: `udf daemon`, and everything that asks one (or a private supervisor, or the machine).
 
 Owns: the arguments, exit codes (0 done, 1 refused or failed, 2 usage, 3 no daemon, 130 interrupted) and the one
 sentence on stderr. Must never: import trio or pyfuse3 for a command that only asks (they cost 150 ms).
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from udf.errors import UserError
@@ -45,7 +45,17 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=name)
         return added
 
-    command("daemon", "run the supervisor until SIGTERM")
+    daemon = command("daemon", "run the supervisor until SIGTERM")
+    daemon.add_argument(
+        "--usbip",
+        metavar="HOST[:PORT]",
+        action="append",
+        default=[],
+        help="serve the devices that this USB/IP server exports (may be given again)",
+    )
+    daemon.add_argument(
+        "--rules", metavar="FILE", help="the rules about devices (default: /etc/udf/rules.toml, and the user's own)"
+    )
 
     mount = command("mount", "mount SOURCE on MOUNTPOINT with a driver")
     mount.add_argument("-t", "--driver", metavar="DRIVER", help="a driver's name (see `udf drivers`) or path")
@@ -77,8 +87,41 @@ def build_parser() -> argparse.ArgumentParser:
     trace = command("trace", "show every request of a mount until Ctrl-C")
     trace.add_argument("mountpoint", metavar="MOUNT")
 
+    _add_device_commands(command)
+
     command("doctor", "say what this machine has and lacks for mounting")
     return parser
+
+
+def _add_device_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    command("devices", "show every device, and which driver serves it or why none does")
+
+    why = command("why", "show every driver that was looked at for DEVICE, and why it was or was not chosen")
+    why.add_argument("device", metavar="DEVICE", help="its name, port, VENDOR:PRODUCT, serial, or an instance's name")
+
+    plug = command("plug", "plug an emulated device in: a stick with an image FILE, or another MODEL")
+    plug.add_argument("what", metavar="FILE|MODEL", help="an image file, or the name of a device model")
+    plug.add_argument("--model", metavar="MODEL", help="what the FILE is the content of (default: storage)")
+    plug.add_argument("--name", help="what to call it (default: after the file or the model)")
+    plug.add_argument("--serial", help="its serial number")
+    plug.add_argument(
+        "--faults",
+        metavar="RULES",
+        action="append",
+        default=[],
+        help="what goes wrong with it, such as 'stall ep=0x81 at=5' or 'unplug at=12' (may be given again)",
+    )
+    plug.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,…", help="options of the model")
+
+    unplug = command("unplug", "pull an emulated device out, without asking its driver")
+    unplug.add_argument("name", metavar="NAME", help="as `udf devices` shows it, or an instance's name")
+
+    replug = command("replug", "pull an emulated device out and plug it in again")
+    replug.add_argument("name", metavar="NAME", help="as `udf devices` shows it, or an instance's name")
+
+    faults = command("faults", "change what goes wrong with an emulated device")
+    faults.add_argument("name", metavar="NAME", help="as `udf devices` shows it, or an instance's name")
+    faults.add_argument("rules", metavar="RULES", nargs="*", help="as for plug; none: nothing goes wrong any more")
 
 
 def _check_text(words: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
-"""Which supervisor to ask, and about which path.
+"""Which supervisor to ask, and about what: paths and options.
 
-Owns: finding the supervisor of a mount, and absolute paths that are found without asking a mount that may hang.
-Must never: print, import trio or pyfuse3, or look below a mountpoint. Called by commands.py, recovering.py.
+Owns: finding the supervisor of a mount, absolute paths that are found without asking a mount that may hang, the words
+behind -o.
+Must never: print, import trio or pyfuse3, or look below a mountpoint. Called by commands.py, recovering.py, devices.py.
 """
 
 from __future__ import annotations
@@ -73,3 +74,31 @@ def current_directory(path: str) -> str:
         return "/" if path.startswith("/") else os.getcwd()
     except OSError as error:
         raise UserError(f"{path} is relative, and the current directory cannot be read: {error.strerror}") from None
+
+
+def options_of(given: list[str]) -> dict[str, str]:
+    r"""`-o a=1,b` as a mapping; `\,` and `\\` stand for a comma and a backslash in a value."""
+    options: dict[str, str] = {}
+    for word in itertools.chain.from_iterable(map(_split_options, given)):
+        name, _, value = word.partition("=")
+        if not name:
+            raise UserError(f"-o {word}: an option needs a name")
+        options[name] = value
+    return options
+
+
+def _split_options(text: str) -> list[str]:
+    words, escaped = [""], False
+    for character in text:
+        if escaped:
+            words[-1] += character if character in "\\," else "\\" + character
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == ",":
+            words.append("")
+        else:
+            words[-1] += character
+    if escaped:
+        words[-1] += "\\"
+    return [word for word in words if word]

@@ -1,22 +1,30 @@
 """What each command asks, and how its answer is printed.
 
 Owns: turning arguments into calls of the control interface and answers into text; what concerns dead and hung drivers
-is in recovering.py. Must never: import trio or pyfuse3 outside of `daemon` and `mount -f`, or look below a mountpoint.
+is in recovering.py, what concerns devices in devices.py. Must never: import trio or pyfuse3 outside of `daemon` and
+`mount -f`, or look below a mountpoint.
 Called by udf.cli.main, which owns errors.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from udf.cli import recovering, show
-from udf.cli.asking import Row, absolute, absolute_mountpoint, all_supervisors, find_supervisor_of, not_ours
+from udf.cli import devices, recovering, show
+from udf.cli.asking import (
+    Row,
+    absolute,
+    absolute_mountpoint,
+    all_supervisors,
+    find_supervisor_of,
+    not_ours,
+    options_of,
+)
 from udf.errors import UserError
 from udf.supervisor import client
 
@@ -25,7 +33,7 @@ def daemon(arguments: argparse.Namespace) -> int:
     """`udf daemon`."""
     from udf.supervisor.daemon import main
 
-    return main(arguments.socket)
+    return main(arguments.socket, usbip=arguments.usbip, rules=arguments.rules and absolute(arguments.rules))
 
 
 def mount(arguments: argparse.Namespace) -> int:
@@ -40,7 +48,7 @@ def mount(arguments: argparse.Namespace) -> int:
     if arguments.foreground and arguments.socket:
         raise UserError("-f supervises the mount itself and --socket asks a daemon: give one of them")
     source = _absolute_source(sources[0]) if sources else None
-    options = _options(arguments.options)
+    options = options_of(arguments.options)
     connection = None if arguments.foreground else client.find_daemon(arguments.socket)
     driver = arguments.driver
     if source is not None and not driver and not arguments.program:
@@ -304,35 +312,11 @@ def _absolute_source(source: str) -> str | None:
     return source if ":" in head else absolute(source)
 
 
-def _options(given: list[str]) -> dict[str, str]:
-    r"""`-o a=1,b` as a mapping; `\,` and `\\` stand for a comma and a backslash in a value."""
-    options: dict[str, str] = {}
-    for word in itertools.chain.from_iterable(map(_split_options, given)):
-        name, _, value = word.partition("=")
-        if not name:
-            raise UserError(f"-o {word}: an option needs a name")
-        options[name] = value
-    return options
-
-
-def _split_options(text: str) -> list[str]:
-    words, escaped = [""], False
-    for character in text:
-        if escaped:
-            words[-1] += character if character in "\\," else "\\" + character
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character == ",":
-            words.append("")
-        else:
-            words[-1] += character
-    if escaped:
-        words[-1] += "\\"
-    return [word for word in words if word]
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     command.__name__: command for command in (daemon, mount, umount, status, drivers, events, trace, doctor)
 }
 COMMANDS |= {command.__name__: command for command in (recovering.restart, recovering.hung, recovering.crashes)}
+COMMANDS |= {
+    command.__name__: command
+    for command in (devices.devices, devices.why, devices.plug, devices.unplug, devices.replug, devices.faults)
+}

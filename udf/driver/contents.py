@@ -10,7 +10,7 @@ import os
 
 import pyfuse3
 
-from udf.driver.fs import Attr
+from udf.driver.fs import WHOLE, Attr
 from udf.driver.handles import Listing
 from udf.driver.session import Session, join
 from udf.driver.tree import Node
@@ -38,14 +38,22 @@ class ContentOperations(Session):
             raise
         finally:
             self._gate.leave(node)
+        handle = pyfuse3.FileHandleT(self._handles.add(node))
+        if not node.is_sized:
+            return pyfuse3.FileInfo(fh=handle, direct_io=True)  # else the kernel ends each read at the size it knows: 0
         # Pages may outlive an open only if a change would show in the time stamp.
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(self._handles.add(node)), keep_cache=node.is_dated)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=node.is_dated)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """Read at most `size` bytes."""
         node = self._handles.node(fh)
+        if not node.is_sized and (whole := self._handles.whole(fh)) is not None:
+            return whole[off : off + size]
         path = self._gate.try_enter(node) or await self._gate.enter(node)
         try:
+            if not node.is_sized:
+                content = self._convert.content(await self._driver.read(path, 0, WHOLE), WHOLE)
+                return self._handles.keep_whole(fh, content)[off : off + size]
             return self._convert.content(await self._driver.read(path, off, size), size)
         finally:
             self._gate.leave(node)

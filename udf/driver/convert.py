@@ -46,7 +46,9 @@ class Converter:
             raise self.wrong(verb, f"{_kind_of(attr)} instead of an Attr")
         if not isinstance(attr.kind, str) or attr.kind not in _TYPES:
             raise self.wrong(verb, f"an Attr of the kind {attr.kind!r}: it is file, dir or symlink")
-        if not isinstance(attr.size, int) or not 0 <= attr.size <= _MAX_SIZE:
+        if attr.size is None and attr.kind != "file":
+            raise self.wrong(verb, f"an Attr of the kind {attr.kind} without a size")
+        if attr.size is not None and (not isinstance(attr.size, int) or not 0 <= attr.size <= _MAX_SIZE):
             raise self.wrong(verb, f"an Attr of the size {attr.size!r}")
         if not (attr.ino is None or (isinstance(attr.ino, int) and 0 <= attr.ino < 1 << 64)):
             raise self.wrong(verb, f"an Attr with the ino {attr.ino!r}")
@@ -66,8 +68,8 @@ class Converter:
             entry.st_nlink = links
             entry.st_uid = self._uid if attr.uid is None else attr.uid
             entry.st_gid = self._gid if attr.gid is None else attr.gid
-            entry.st_size = attr.size
-            entry.st_blocks = (attr.size + _BLOCK - 1) // _BLOCK
+            entry.st_size = attr.size or 0
+            entry.st_blocks = ((attr.size or 0) + _BLOCK - 1) // _BLOCK
             entry.st_mtime_ns = mtime
             entry.st_atime_ns = mtime if attr.atime_ns is None else attr.atime_ns
             entry.st_ctime_ns = mtime if attr.ctime_ns is None else attr.ctime_ns

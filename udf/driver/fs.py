@@ -22,14 +22,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["file", "dir", "symlink"]
+WHOLE = 1024 * 1024  # bytes that a file of unknown size may have
 
 
 @dataclass(frozen=True, slots=True)
 class Attr:
-    """What stat(2) tells. Only `kind`, and for files `size`, must be said."""
+    """What stat(2) tells. Only `kind`, and for files `size`, must be said.
+
+    `size=None`: it is not known before the file is read, as with a value that is asked of a device. stat(2) shows 0
+    and programs read to the end all the same: at the first read after each open `read` is asked for all of it at once
+    (from 0, at most WHOLE bytes), and that is what this open file holds until it is closed.
+    """
 
     kind: Kind = "file"
-    size: int = 0
+    size: int | None = 0
     mode: int | None = None  # permission bits; None: 0o755 for directories, 0o777 for links, 0o644 for files
     mtime_ns: int | None = None  # nanoseconds since 1970; None: when the driver was started
     atime_ns: int | None = None  # None: as mtime_ns

@@ -33,6 +33,7 @@ class Handles:
     def __init__(self) -> None:
         self._nodes: dict[int, Node] = {}
         self._listings: dict[int, Listing] = {}
+        self._wholes: dict[int, bytes] = {}
         self._next = 1
 
     def __len__(self) -> int:
@@ -57,6 +58,7 @@ class Handles:
         node = self.node(handle)
         del self._nodes[handle]
         self._listings.pop(handle, None)
+        self._wholes.pop(handle, None)
         return node
 
     def listing(self, handle: int) -> Listing | None:
@@ -67,3 +69,13 @@ class Handles:
         """Note the snapshot, unless the handle was closed meanwhile."""
         if handle in self._nodes:
             self._listings[handle] = listing
+
+    def whole(self, handle: int) -> bytes | None:
+        """What a file of unknown size holds for this handle."""
+        return self._wholes.get(handle)
+
+    def keep_whole(self, handle: int, data: bytes) -> bytes:
+        """Note it, unless another read was quicker: all reads of one handle see the same."""
+        if handle in self._nodes:
+            return self._wholes.setdefault(handle, data)
+        return data

@@ -62,6 +62,7 @@ class Session(pyfuse3.Operations):
             # Another file has the path now; the open one is not to be confused with it.
             raise OSError(errno.ESTALE, "replaced")
         node.is_dated = attr.mtime_ns is not None
+        node.is_sized = attr.size is not None
         entry = self._convert.entry("stat", attr, node.id)
         if node.hidden is not None:
             entry.st_nlink = max(0, entry.st_nlink - 1)

@@ -32,6 +32,7 @@ class Node:
         "identity",
         "is_dated",
         "is_dir",
+        "is_sized",
         "lookups",
         "names",
         "opens",
@@ -42,6 +43,7 @@ class Node:
         self.identity = identity
         self.is_dir = is_dir
         self.is_dated = False  # the driver tells a time stamp of its own
+        self.is_sized = True  # its size is known; else each open reads it anew, as a whole
         self.names: list[tuple[Node, str]] = []
         self.children: dict[str, Node] = {}
         self.lookups = 0

@@ -3,7 +3,8 @@
 Owns: what an author subclasses, and how a device's connection becomes `self.device` and `self.usb`. Must never: know
 where the device is, or how it is reached. Called by: the driver host, before the driver's own `__init__`.
 
-A driver that provides files also implements the verbs of FsDriver; one that provides something else need not.
+A driver that provides files also implements the verbs of FsDriver, one that provides block devices `units`; one that
+provides something else needs neither.
 """
 
 from __future__ import annotations

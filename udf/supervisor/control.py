@@ -19,6 +19,8 @@ from udf import __version__, messages
 from udf.errors import UserError
 from udf.supervisor import catalog, rights
 from udf.supervisor.client import INTERFACE, PROTOCOL
+from udf.supervisor.devicecalls import DeviceCalls
+from udf.supervisor.devices import Devices, NoDeviceError
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import Event, Instance
 from udf.supervisor.output import printable, sentence
@@ -62,8 +64,11 @@ class _Events(msgspec.Struct, forbid_unknown_fields=True):
 class Control:
     """The control interface of one supervisor. `nursery` carries what several calls share."""
 
-    def __init__(self, registry: Registry, nursery: trio.Nursery, *, private: bool) -> None:
+    def __init__(
+        self, registry: Registry, nursery: trio.Nursery, *, devices: Devices | None = None, private: bool
+    ) -> None:
         self._registry = registry
+        self._devices = DeviceCalls(devices)
         self._nursery = nursery
         self._private = private
 
@@ -81,6 +86,7 @@ class Control:
             "Hung": self._hung,
             "Abort": self._abort,
             "Crashes": self._crashes,
+            **self._devices.methods(),
         }
         return Server(
             Service(
@@ -319,7 +325,7 @@ def as_varlink(exc: Exception) -> VarlinkError:
             return _error("Busy", str(exc), mountpoint=exc.mountpoint)
         case rights.DeniedError():
             return _error("Denied", str(exc))
-        case NotFoundError():
+        case NotFoundError() | NoDeviceError():
             return _error("NotFound", str(exc))
         case UserError():
             return _error("Refused", str(exc))

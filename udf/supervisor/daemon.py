@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -20,31 +21,42 @@ import trio
 from udf.supervisor import logs, paths, sockets
 from udf.supervisor.instance import Event
 from udf.supervisor.notify import Notifier
+from udf.supervisor.places import Places
 from udf.supervisor.registry import Registry
-from udf.supervisor.service import Frame, running
+from udf.supervisor.service import DaemonOptions, Frame, running
 from udf.supervisor.spawn import Identity
+from udf.usb.operations import Address
+from udf.usb.rules import read_rules
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-def main(socket_path: str | None = None) -> int:
-    """Run until a signal ends it; the exit code. UserError when another one listens there already."""
+def main(socket_path: str | None = None, *, usbip: Sequence[str] = (), rules: str | None = None) -> int:
+    """Run until a signal ends it; the exit code. UserError when another one listens there already.
+
+    `usbip` are the addresses of USB/IP servers, `rules` the file that is read instead of the usual ones.
+    """
+    for address in usbip:
+        Address.parse(address)  # a mistake is told before anything is begun
+    if rules is not None:
+        read_rules(Path(rules), must_exist=True)
     path = Path(socket_path).absolute() if socket_path else sockets.daemon_socket()
     logs.to_stderr(os.environ)
     control = sockets.ControlSocket.bind(path)
     try:
         sockets.private_sockets()  # clears away what killed supervisors have left
-        trio.run(_run, control)
+        trio.run(_run, control, DaemonOptions(path.parent, usbip, rules))
     finally:
         control.remove()
     return 0
 
 
-async def _run(control: sockets.ControlSocket) -> None:
+async def _run(control: sockets.ControlSocket, options: DaemonOptions) -> None:
     notifier = Notifier(os.environ)
     try:
         await paths.sweep()  # before anybody is served, who might want one of those mountpoints
-        async with running(control.sock, private=False, ending=_ENDING) as frame:
+        Places(options.home).sweep()
+        async with running(control.sock, ending=_ENDING, daemon=options) as frame:
             if notifier.watchdog is not None:
                 frame.nursery.start_soon(_watchdog, notifier, notifier.watchdog)
             notifier.say(READY=1, STATUS=f"Listening on {control.path}")
@@ -61,7 +73,11 @@ async def _until_stopped(frame: Frame, notifier: Notifier) -> None:
     with frame.registry.events.subscribed(on_event):
         await frame.stop.wait()
         notifier.say(STOPPING=1, STATUS="Unmounting everything")
+    if frame.devices is not None:
+        frame.devices.binder.close()
     await frame.registry.stop_all(frame.hurry)
+    if frame.devices is not None:
+        await frame.devices.close()
 
 
 async def _watchdog(notifier: Notifier, interval: float) -> None:

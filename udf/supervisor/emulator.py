@@ -50,13 +50,22 @@ class Emulator:
         """Whether there is a process, and so perhaps a device."""
         return self._control is not None and self._child is not None and not self._child.ended.is_set()
 
-    async def command(self, do: str, *, start: bool = False, **request: Any) -> Answer:
+    async def start(self) -> None:
+        """See to it that there is a process. UserError if it cannot be had."""
+        async with self._one_at_a_time:
+            if not self.is_running:
+                try:
+                    await self._start()
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        await self._drop()
+                    raise
+
+    async def command(self, do: str, **request: Any) -> Answer:
         """One command and its answer. UserError, in one sentence, when it is refused or nobody can carry it out."""
         async with self._one_at_a_time:
             if not self.is_running:
-                if not start:
-                    raise UserError("nothing is plugged in: `udf plug MODEL` or `udf plug FILE` does that")
-                await self._start()
+                raise UserError("nothing emulated is plugged in: `udf plug MODEL` or `udf plug FILE` does that")
             try:
                 with trio.fail_after(COMMAND_TIMEOUT):
                     answer = await self._ask({"do": do, **{k: v for k, v in request.items() if v is not None}})

@@ -19,6 +19,8 @@ from udf.supervisor import sockets
 from udf.supervisor.plan import BusyError
 from udf.supervisor.terminals import LINK_NAME
 
+BY_ID = "by-id"  # the one directory in R/dev that is no place: names that follow the device (devices.py)
+
 log = logging.getLogger("udf.places")
 
 
@@ -75,7 +77,7 @@ class Places:
     def sweep(self) -> None:
         """Remove what supervisors that were killed have left; their mounts are gone already."""
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            for name in sorted(os.listdir(self._home / "dev")):
+            for name in sorted(set(os.listdir(self._home / "dev")) - {BY_ID}):
                 path = self.path(name)
                 lock = sockets.lock_mountpoint(str(path))
                 if lock is not None:

@@ -78,7 +78,7 @@ async def _run(
 ) -> int:
     problem: Exception | None = None
     code = 1
-    async with running(control.sock, private=True, ending=ending) as frame:
+    async with running(control.sock, ending=ending) as frame:
         try:
             code = await _one_mount(frame, request, on_mounted, caller_end)
         except UserError as exc:

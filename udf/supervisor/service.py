@@ -9,14 +9,16 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
 from udf.supervisor import spawn
 from udf.supervisor.control import Control
+from udf.supervisor.devices import Devices
 from udf.supervisor.instance import Event, EventLog, State
 from udf.supervisor.registry import Registry
 
@@ -27,18 +29,30 @@ log = logging.getLogger("udf.service")
 
 
 @dataclass(frozen=True)
+class DaemonOptions:
+    """What a daemon is told, and where its own directory is."""
+
+    home: Path
+    usbip: Sequence[str] = ()
+    rules: str | None = None
+
+
+@dataclass(frozen=True)
 class Frame:
     """What runs."""
 
     registry: Registry
+    devices: Devices | None  # only a daemon has some
     nursery: trio.Nursery
     stop: trio.Event  # somebody asked for the end
     hurry: trio.Event  # and again
 
 
 @asynccontextmanager
-async def running(sock: socket.socket, *, private: bool, ending: Iterable[signal.Signals]) -> AsyncIterator[Frame]:
-    """Serve `sock` as long as the context lasts.
+async def running(
+    sock: socket.socket, *, ending: Iterable[signal.Signals], daemon: DaemonOptions | None = None
+) -> AsyncIterator[Frame]:
+    """Serve `sock` as long as the context lasts; without `daemon` as a private supervisor, which has no devices.
 
     One of the signals `ending` sets `stop`; others that ask for the end of a process are logged and ignored.
     """
@@ -46,11 +60,18 @@ async def running(sock: socket.socket, *, private: bool, ending: Iterable[signal
     _raise_limits()
     async with trio.open_nursery() as reaper:
         async with trio.open_nursery() as nursery:
-            registry = Registry(EventLog(), nursery, reaper, private_environment=private)
-            frame = Frame(registry, nursery, trio.Event(), trio.Event())
+            private = daemon is None
+            home = None if daemon is None else daemon.home
+            registry = Registry(EventLog(), nursery, reaper, private_environment=private, home=home)
+            devices = None
+            if daemon is not None:
+                devices = Devices(daemon.home, registry, nursery, reaper, usbip=daemon.usbip, rules=daemon.rules)
+            frame = Frame(registry, devices, nursery, trio.Event(), trio.Event())
             await nursery.start(_signals, frame, frozenset(ending))
             nursery.start_soon(_zygote, registry.events, reaper, private)
-            nursery.start_soon(Control(registry, nursery, private=private).server().serve, sock)
+            if devices is not None:
+                await nursery.start(devices.run)
+            nursery.start_soon(Control(registry, nursery, devices=devices, private=private).server().serve, sock)
             yield frame
             nursery.cancel_scope.cancel()
         reaper.cancel_scope.deadline = trio.current_time() + REAP_GRACE  # a process in D state is left to init

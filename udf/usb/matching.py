@@ -50,6 +50,7 @@ class DeviceFacts:
     serial: str = ""
     port: str = ""
     bus: str = ""
+    is_readable: bool = True  # its descriptors could be read
 
     @property
     def is_hub(self) -> bool:
@@ -179,6 +180,8 @@ def _judge(
 ) -> Verdict:
     if device.is_hub:
         return Verdict(device.key, "hub", "it is a hub, which needs no driver")
+    if not device.is_readable:
+        return Verdict(device.key, "no_driver", "it does not say what it is, so nothing can drive it")
     denial = _denial(device, rules, None)
     if denial is not None:
         return Verdict(device.key, "denied", f"it is denied by {denial.where}")

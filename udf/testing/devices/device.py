@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from udf.testing.devices import standard
 from udf.testing.devices.layout import DEVICE, Configuration, Strings, pack_configuration
@@ -30,6 +30,7 @@ from udf.usb.usbip import Speed
 if TYPE_CHECKING:
     from udf.testing.devices.engine import Engine
 
+T = TypeVar("T")
 _DEVICE = struct.Struct("<BBHBBBBHHHBBBB")
 
 
@@ -184,6 +185,11 @@ class Device:
             engine.loop.later(seconds, lambda: call() if self._engine is engine else None)
 
         self._do(plan)
+
+    def inside(self, call: Callable[[], T]) -> T:
+        """Call where the handlers run, so that none of them runs meanwhile, and wait for it."""
+        engine = self._engine
+        return engine.loop.call(call) if engine is not None else call()
 
     def unplug(self, back: float = 0.0) -> None:
         """Vanish from the bus, and come back after so many seconds if that is not 0."""

@@ -1,0 +1,79 @@
+"""The one thread that talks to the device, and how the driver's tasks ask it for something.
+
+Owns: the thread and the order of the jobs: as they come, one after another. The next one begins as soon as the one
+before is done, without a turn of the driver's loop in between. Must never: drop a job: each is answered once.
+Called by: driver.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import outcome
+import trio
+
+log = logging.getLogger("usb_storage")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_Job = tuple[Callable[[], Any], trio.lowlevel.Task]
+
+
+class Engine:
+    """Runs jobs in a thread of its own. Make it in the loop whose tasks ask."""
+
+    def __init__(self, idle: Callable[[], float | None]) -> None:
+        """`idle` is called in the thread when there is nothing to do; it says in how many seconds it wants to be again.
+
+        None: not before the next job.
+        """
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._idle = idle
+        self._loop = trio.lowlevel.current_trio_token()
+        self._thread = threading.Thread(target=self._work, name="usb-storage", daemon=True)
+        self._thread.start()
+
+    async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a job in the thread. Cannot be cancelled: a command that has begun is ended by its own time-outs."""
+        self._jobs.put((lambda: job(*args, **kwargs), trio.lowlevel.current_task()))
+        result: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return result
+
+    def tell(self, function: Callable[[], object]) -> None:
+        """Called in the thread: run this in the loop soon."""
+        try:
+            self._loop.run_sync_soon(function)
+        except trio.RunFinishedError:
+            pass
+
+    def close(self) -> None:
+        """No further job; what is under way ends the thread when it is done."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        pause: float | None = None
+        while True:
+            try:
+                job = self._jobs.get(timeout=pause)
+            except queue.Empty:
+                pause = self._rest()
+                continue
+            if job is None:
+                return
+            function, task = job
+            result = outcome.capture(function)
+            self.tell(lambda task=task, result=result: trio.lowlevel.reschedule(task, result))  # type: ignore[misc]
+            if self._jobs.empty():
+                pause = self._rest()
+
+    def _rest(self) -> float | None:
+        try:
+            return self._idle()
+        except Exception:
+            log.exception("what is done between commands failed")
+            return None
