@@ -19,10 +19,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from udf import messages
 from udf.errors import UserError
 from udf.manifest import Manifest, check_manifest
-from udf.supervisor.binder import HEALTHY, LOOK, NAME_WAIT, RETRIES, Binder, Present, retry_delay
+from udf.supervisor.binder import HEALTHY, LOOK, NAME_WAIT, Binder, Present
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.offers import Offer
+from udf.supervisor.rebinding import RETRIES, may_begin, retry_delay
 from udf.usb.matching import Binding, DeviceFacts, InterfaceFacts
 from udf.usb.rules import check_rules
 
@@ -87,6 +88,7 @@ class World:
         self.running: dict[str, ScriptedEndpoint] = {}
         self.started: list[tuple[str, str]] = []  # name and driver, in their order
         self.leases: list[ScriptedLease] = []
+        self.shared: list[bool] = []  # of each lease, whether it has only a part of its device
         self.links: dict[str, str] = {}
         self.taken: set[str] = set()
         self.refuse: Callable[[Binding], str | None] = lambda _: None
@@ -103,8 +105,9 @@ class World:
     def _present(self) -> dict[str, Present]:
         return {key: Present(facts, self._lease) for key, facts in self.devices.items()}
 
-    def _lease(self, interface: int | None) -> Lease:
-        spec = messages.DeviceSpec(bus="usbip", key="", busnum=1, devnum=1, interface=interface)
+    def _lease(self, binding: Binding, shared: bool) -> Lease:
+        self.shared.append(shared)
+        spec = messages.DeviceSpec(bus="usbip", key="", busnum=1, devnum=1, interface=binding.interface)
         self.leases.append(ScriptedLease(spec))
         return self.leases[-1]
 
@@ -116,7 +119,8 @@ class World:
         if problem is not None:
             lease.close()
             raise UserError(problem)
-        assert binding.key not in [tenant.binding.key for tenant in self.binder.tenants if tenant.endpoint is not None]
+        slot = (binding.key, binding.interface)
+        assert slot not in [tenant.slot for tenant in self.binder.tenants if tenant.endpoint is not None]
         endpoint = self.running[name] = ScriptedEndpoint(self, name, lease)
         self._nursery.start_soon(endpoint.run, self)
         return endpoint
@@ -230,11 +234,11 @@ async def test_two_identical_sticks_have_different_names_and_links() -> None:
         await quiet()
         assert sorted(world.running) == ["disk0", "disk1"]
         assert sorted(world.links.values()) == ["disk0", "disk1"]
-        assert {"0781-5567-same-if00", "0781-5567-same-if00-port_1_2"} == set(world.links)
+        assert {"0781-5567-same", "0781-5567-same-port_1_2"} == set(world.links)
         world.unplug(keys[0])
         world.plug("1-1", **STICK, serial="same")
         await quiet()
-        assert world.links["0781-5567-same-if00"] == "disk0"
+        assert world.links["0781-5567-same"] == "disk0"
 
 
 async def test_a_replug_waits_for_the_old_instance_and_gets_its_name() -> None:
@@ -482,13 +486,46 @@ async def test_names_that_others_have_are_left_to_them() -> None:
         assert list(world.running) == ["thermometer2"]
 
 
-async def test_a_composite_device_has_one_connection_and_so_one_driver_at_a_time() -> None:
+async def test_the_interfaces_of_a_composite_device_share_its_connection() -> None:
+    acm = driver("acm", {"class": 2})
+    parts = (InterfaceFacts(0, ((8, 6, 0x50),)), InterfaceFacts(1, ((2, 2, 1),)), InterfaceFacts(2, ((10, 0, 0),)))
+    async with world_of(STORAGE, acm) as world:
+        key = world.plug(interfaces=parts)
+        await quiet()
+        assert sorted(world.running) == ["acm0", "disk0"]
+        assert world.shared == [True, True]
+        assert sorted(world.links) == ["1209-7e57-0-if00", "1209-7e57-0-if01"]
+        world.unplug(key)
+        await quiet()
+        assert world.all_is_over()
+
+
+async def test_who_has_a_device_for_himself_keeps_others_waiting_until_it_is_plugged_in_again() -> None:
     acm = driver("acm", {"class": 2})
     parts = (InterfaceFacts(0, ((8, 6, 0x50),)), InterfaceFacts(1, ((2, 2, 1),)))
-    async with world_of(STORAGE, acm) as world:
-        world.plug(interfaces=parts)
+    async with world_of(STORAGE) as world:
+        key = world.plug(interfaces=parts)
+        await quiet()
+        world.offers(STORAGE, acm)
         await quiet()
         assert list(world.running) == ["disk0"]
+        assert world.shared == [False]
+        world.unplug(key)
+        world.plug(interfaces=parts)
+        await quiet()
+        assert sorted(world.running) == ["acm0", "disk0"]
+
+
+def test_a_part_of_a_device_can_be_had_beside_other_parts_only() -> None:
+    parts = [Binding("k", STORAGE, interface) for interface in (0, 1, None)]
+    table = [
+        (may_begin(wanted, others, shared), wanted.interface, [each.interface for each in others], shared)
+        for wanted in parts
+        for others in ([], parts[:1], parts[:2], parts[2:])
+        for shared in (False, True)
+    ]
+    assert [row[1:] for row in table if row[0] and row[2]] == [(1, [0], True)]
+    assert all(row[0] for row in table if not row[2])
 
 
 async def test_settled_says_when_nothing_is_under_way_any_more(autojump_clock: MockClock) -> None:

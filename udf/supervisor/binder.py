@@ -30,12 +30,12 @@ from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.naming import Identity, Numbers
 from udf.supervisor.offers import Offer
-from udf.usb.matching import PREFERRED, Binding, DeviceFacts, Verdict, wanted
+from udf.supervisor.rebinding import may_begin, may_stay, retry_delay
+from udf.usb.matching import Binding, DeviceFacts, Verdict, wanted
 
 LOOK = 10.0  # for events that were lost
 NAME_WAIT = 10.0  # for the end of what had the name before; then the device gets another one
 HEALTHY = 60.0  # what served so long may fail as often as a new one
-RETRIES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds; then only a change (of the driver, a rule, a replug) helps
 _FINAL = (Reason.OPERATOR, Reason.EXTERNAL, Reason.SHUTDOWN)  # somebody wanted the end: it is not started again
 
 log = logging.getLogger("udf.binder")
@@ -56,7 +56,7 @@ class Present:
     """A device that is there, with what its bus can make of it."""
 
     facts: DeviceFacts
-    lease: Callable[[int | None], Lease]  # for one interface, or the whole device
+    lease: Callable[[Binding, bool], Lease]  # True: others have, or will have, its other interfaces
     name: str = ""  # what its bus calls it, if it does
 
 
@@ -122,6 +122,7 @@ class Known:
     name: str
     instance: Instance
     verdict: Verdict | None = None
+    is_shared: bool = False  # those who have it now have a connection for each interface
     failures: dict[tuple[int | None, str], _Failure] = field(default_factory=dict)
 
 
@@ -194,14 +195,13 @@ class Binder:
     def _settle(self, known: Known, present: Present, verdict: Verdict) -> float:
         mine = [tenant for tenant in self.tenants if tenant.binding.key == verdict.key]
         for tenant in mine:
-            if not tenant.stopping.is_set() and not _may_stay(tenant, verdict):
+            if not tenant.stopping.is_set() and not may_stay(tenant.binding, verdict):
                 log.info("%s: %s is taken from it by a rule", tenant.name, tenant.binding.driver.name)
                 tenant.stopping.set()
         again = float("inf")
         for binding in verdict.bindings:
-            # A device has one connection: whoever has it, or is giving it back, keeps all others waiting.
-            if mine or self._closing:
-                break
+            if self._closing or not may_begin(binding, [tenant.binding for tenant in mine], known.is_shared):
+                continue
             failure = known.failures.get((binding.interface, binding.driver.name))
             if failure is not None and (failure.driver, failure.options) == (binding.driver, binding.options):
                 if failure.again is None:
@@ -209,12 +209,14 @@ class Binder:
                 if failure.again > trio.current_time():
                     again = min(again, failure.again)
                     continue
-            mine.append(self._begin(binding, present))
+            if not mine:
+                known.is_shared = len(verdict.bindings) > 1
+            mine.append(self._begin(binding, present, known.is_shared))
         self._describe(known, mine, verdict)
         return again
 
-    def _begin(self, binding: Binding, present: Present) -> Tenant:
-        tenant = Tenant(binding, present.facts, present.lease(binding.interface))
+    def _begin(self, binding: Binding, present: Present, shared: bool) -> Tenant:
+        tenant = Tenant(binding, present.facts, present.lease(binding, shared))
         taken = self._names_of_present()
         tenant.name = self._name(tenant, taken)
         tenant.by_id = naming.by_id(
@@ -385,29 +387,11 @@ class Binder:
             self.poke()
 
 
-def retry_delay(failures: int) -> float | None:
-    """How long to wait after so many failures in a row; None: do not try again by itself."""
-    return RETRIES[failures - 1] if failures <= len(RETRIES) else None
-
-
-def _may_stay(tenant: Tenant, verdict: Verdict) -> bool:
-    """Whether a driver that has a device may keep it."""
-    mine, interface = tenant.binding.driver.name, tenant.binding.interface
-    if any(binding.driver.name == mine and binding.interface == interface for binding in verdict.bindings):
-        return all(tenant.binding.options == b.options for b in verdict.bindings if b.driver.name == mine)
-    if verdict.word in ("denied", "hub"):
-        return False
-    # The driver's file is gone or cannot be read: what serves goes on. It is no candidate then.
-    about_mine = [each for each in verdict.candidates if each.driver == mine]
-    if about_mine and not any(each.score and each.interface == interface for each in about_mine):
-        return False
-    return not any(each.chosen and each.score >= PREFERRED for each in verdict.candidates)
-
-
 def _services(driver: Manifest) -> tuple[str, str]:
     return driver.name, driver.provides
 
 
 def _identity(tenant: Tenant) -> Identity:
     facts = tenant.facts
-    return Identity(facts.bus, facts.vendor, facts.product, facts.serial, facts.port, tenant.binding.interface)
+    interface = tenant.binding.interface if len(facts.bounded()) > 1 else None  # of one alone nobody wants the number
+    return Identity(facts.bus, facts.vendor, facts.product, facts.serial, facts.port, interface)

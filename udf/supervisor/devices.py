@@ -1,8 +1,8 @@
 """All devices of one daemon: its buses, what is bound to what, and what the operator asks of them.
 
-Owns: the buses, the leases made of their devices, the links below R/dev/by-id, and the answers for `udf devices`,
-`udf why`, `udf plug` and their like. Must never: decide which driver a device gets (udf.usb.matching does) or when
-(binder.py does), or put a text of a device into a path or an answer as it came. Called by: daemon.py, devicecalls.py.
+Owns: the buses, and the answers for `udf devices`, `udf why`, `udf plug` and their like. Must never: decide which
+driver a device gets (udf.usb.matching does) or when (binder.py does), or put a text of a device into a path or an answer
+as it came. Called by: daemon.py, devicecalls.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,19 @@ from typing import Any
 import trio
 
 from udf.errors import UserError
-from udf.supervisor import catalog, sockets
-from udf.supervisor.attach import DevicePlan
-from udf.supervisor.binder import Binder, Endpoint, Known, Present, Starter, Tenant
+from udf.supervisor import sockets
+from udf.supervisor.binder import Binder, Known, Present, Tenant
 from udf.supervisor.emulator import Emulator
-from udf.supervisor.endpoint import Endpoint as RunningEndpoint
-from udf.supervisor.instance import Reason, State
-from udf.supervisor.lease import Lease
+from udf.supervisor.instance import State
+from udf.supervisor.leases import Leases
 from udf.supervisor.offers import Offers
 from udf.supervisor.output import sentence
 from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import Registry
+from udf.supervisor.starter import RegistryStarter
 from udf.usb import descriptors
 from udf.usb.bus import Bus, BusDevice
-from udf.usb.matching import Binding, DeviceFacts, InterfaceFacts, Verdict
+from udf.usb.matching import DeviceFacts, InterfaceFacts, Verdict
 from udf.usb.operations import Address
 from udf.usb.remote import UsbipBus
 
@@ -43,27 +41,6 @@ _WITHIN = {"files": "", "block": "/disk", "terminal": "/tty"}  # what a program 
 
 log = logging.getLogger("udf.devices")
 Row = dict[str, Any]
-
-
-class BusLease(Lease):
-    """One arrival of a device of some bus."""
-
-    def __init__(self, bus: Bus, device: BusDevice, interface: int | None) -> None:
-        super().__init__(device.spec(interface))
-        self._bus = bus
-        self._key = device.key
-        self._interface = interface
-
-    async def open(self) -> socket.socket:
-        """A connection for one generation, whose `spec` tells the configuration that the one before has left."""
-        connection = await self._bus.open(self._key)
-        device = self._bus.devices().get(self._key)
-        if device is not None:
-            self.spec = device.spec(self._interface)
-        return connection
-
-    def close(self) -> None:
-        """The bus keeps nothing of it."""
 
 
 class Devices:
@@ -84,6 +61,7 @@ class Devices:
         self.by_id = self.root / BY_ID
         self._buses: list[Bus] = [UsbipBus(address, f"usbip:{address}") for address in map(Address.parse, usbip)]
         self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival: a driver may configure it differently
+        self._leases = Leases(nursery)
         self._nursery = nursery
         self.offers = Offers(rules, self._changed)
         self.binder = Binder(
@@ -135,7 +113,9 @@ class Devices:
                 facts = self._facts.get(key)
                 if facts is None:
                     facts = self._facts[key] = facts_of(key, bus.name, device)
-                found[key] = Present(facts, _leases(bus, device), device.name if bus.name == EMULATED else "")
+                found[key] = Present(
+                    facts, self._leases.of(bus, device, facts), device.name if bus.name == EMULATED else ""
+                )
         for key in [key for key in self._facts if key not in found]:
             del self._facts[key]
         return found
@@ -207,10 +187,11 @@ class Devices:
 
     def _instance(self, tenant: Tenant) -> Row:
         instance = None if tenant.endpoint is None else tenant.endpoint.instance
+        is_part = len(tenant.facts.bounded()) > 1
         return {
             "name": tenant.name,
             "driver": tenant.binding.driver.name,
-            "interface": tenant.binding.interface,
+            "interface": tenant.binding.interface if is_part else None,
             "provides": tenant.binding.driver.provides,
             "state": State.STARTING if instance is None else instance.state,
             "text": "" if instance is None else sentence(instance.text),
@@ -310,53 +291,6 @@ class Devices:
 
 class NoDeviceError(UserError):
     """No such device."""
-
-
-class RegistryStarter(Starter):
-    """The registry as the binder uses it, and the links below R/dev/by-id."""
-
-    def __init__(self, registry: Registry, by_id: Path) -> None:
-        self._registry = registry
-        self._by_id = by_id
-
-    async def start(self, name: str, binding: Binding, lease: Lease) -> Endpoint:
-        """See Starter."""
-        driver = catalog.from_manifest(binding.driver)
-        plan = DevicePlan(name=name, driver=driver, lease=lease, options=binding.options)
-        return RegisteredEndpoint(self._registry, await self._registry.start_device(plan))
-
-    def is_taken(self, name: str) -> bool:
-        """See Starter."""
-        return self._registry.is_taken(name)
-
-    def linked(self, name: str, by_id: str) -> None:
-        """See Starter."""
-        with suppress(OSError):  # a name is a convenience; the instance is there without
-            (self._by_id / by_id).unlink(missing_ok=True)
-            os.symlink(f"../{name}", self._by_id / by_id)
-
-    def unlinked(self, by_id: str) -> None:
-        """See Starter."""
-        with suppress(OSError):
-            (self._by_id / by_id).unlink(missing_ok=True)
-
-
-class RegisteredEndpoint(Endpoint):
-    """An endpoint that the registry has started."""
-
-    def __init__(self, registry: Registry, endpoint: RunningEndpoint) -> None:
-        self.instance = endpoint.instance
-        self.ended = endpoint.ended
-        self._registry = registry
-        self._endpoint = endpoint
-
-    async def end(self, reason: Reason) -> None:
-        """See Endpoint."""
-        await self._registry.end(self._endpoint, reason)
-
-
-def _leases(bus: Bus, device: BusDevice) -> Callable[[int | None], Lease]:
-    return lambda interface: BusLease(bus, device, interface)
 
 
 def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:

@@ -20,7 +20,11 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
+<<<<<<< HEAD
 from udf.usb.client import Connection, Transfer
+=======
+from udf.usb.client import Connection
+>>>>>>> refs/heads/instances
 from udf.usb.errors import Failure, usb_error
 from udf.usb.urb import Transfer
 
