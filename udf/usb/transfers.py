@@ -20,11 +20,6 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
-<<<<<<< HEAD
-from udf.usb.client import Connection, Transfer
-=======
-from udf.usb.client import Connection
->>>>>>> refs/heads/instances
 from udf.usb.errors import Failure, usb_error
 from udf.usb.urb import Transfer
 
@@ -65,11 +60,6 @@ class Transfers:
         self._connection = backend.connection
         self._limiter = trio.CapacityLimiter(MAX_WORKERS)
         self.gone = Gone(backend)
-
-    @property
-    def connection(self) -> Connection:
-        """What is below: for a driver with a thread of its own that has several transfers under way at once."""
-        return self._connection
 
     async def control_in(
         self,
