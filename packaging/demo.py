@@ -1,4 +1,4 @@
-"""`make demo`: three mounts in a minute, checked while they are shown.
+"""`make demo`: filesystems, and then devices, in a minute; checked while they are shown.
 
 Owns: one temporary directory with a daemon of its own, so that it neither needs nor disturbs an installed one.
 Everything goes through the command line that a user has. Ends with an error if anything is not as it should be, and
@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import demo_devices
+
 SOURCE = Path("/usr/share/doc")
 MOST_FILES = 500
 MOST_BYTES = 4 << 20
@@ -45,8 +47,9 @@ def main() -> int:
     try:
         with Stage(scratch, bold, plain) as stage:
             run(stage)
+            demo_devices.run(stage)
         check(not list(scratch.iterdir()), f"something is left in {scratch}")
-    except DemoError as error:
+    except (DemoError, demo_devices.DeviceDemoError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader went away; Python would complain again when it flushes stdout

@@ -68,7 +68,8 @@ class Devices:
             check(row["state"] == "bound", f"{row['name']} is not bound: {row['text']}")
             for each in row["instances"]:
                 self.names[each["driver"]] = row["name"]
-                self.places[each["driver"]] = Path(each["path"])
+                path = Path(each["path"])  # of the device's directory, or of the file in it
+                self.places[each["driver"]] = path if path.is_dir() else path.parent
                 self.instances[each["driver"]] = each["name"]
         for driver in ("usb_storage", "thermometer", "cdc_acm"):
             check(driver in self.names, f"no device is served by {driver}")
@@ -111,7 +112,7 @@ def copy_stick(devices: Devices, image: Path) -> None:
         check(dd.returncode == 0, f"dd ended with {dd.returncode}")
         check(hashlib.sha256(copy.read_bytes()).hexdigest() == want, "dd's copy differs from the stick")
         generation = devices.status("usb_storage")["generation"]
-        print(f"sha256 of the copy: equal, read through {generation} generations of the driver", flush=True)
+        print(f"sha256 of the copy: equal; generation {generation} of the driver serves now", flush=True)
         copy.unlink()
         if shutil.which("nbdcopy") is None:
             print("(nbdcopy is not installed here, so nobody speaks NBD to the stick)")
@@ -168,12 +169,13 @@ def pull_out(devices: Devices) -> None:
     for place in devices.places.values():
         wait_until(lambda: not place.exists())  # noqa: B023 - awaited
         check(not place.exists(), f"{place} is left")
-    names = ", ".join(f"{driver} {devices.killed.count(driver)} times" for driver in dict.fromkeys(devices.killed))
+    names = ", ".join(devices.killed)
     print(
-        f"\nWhat happened: three devices were plugged in and bound to their drivers by what they said of themselves.\n"
-        f"Drivers were killed while programs used them ({names}): each was replaced, programs waited a moment,\n"
-        f"and no byte was lost or changed. Then all were pulled out: the program that still read the stick was told\n"
-        f"{word}, the serial line was hung up, and nothing is left of the drivers and their directories."
+        "\nWhat happened: three devices were plugged in, and bound to drivers by what they said of themselves. Drivers\n"
+        f"were killed while programs used them ({names}): each was\n"
+        "replaced, the programs waited a moment, and not a byte was lost or changed. Then everything was pulled out: the\n"
+        f"program that still read the stick was told {word}, the serial line was hung up, and nothing is left of the\n"
+        "drivers and of their directories."
     )
 
 

@@ -146,7 +146,9 @@ def _attach(the_lab: Lab, connection: Connection, result: Result) -> None:
     table = Table("from a device's arrival to its first block, ms", ["", "median", "p90", "most"])
     for number, stage in enumerate(_STAGES):
         stage_ms = [each[number] * 1000 for each in spans]
-        table.rows.append([stage, f"{median(stage_ms):.1f}", f"{percentile(stage_ms, 0.9):.1f}", f"{max(stage_ms):.1f}"])
+        table.rows.append(
+            [stage, f"{median(stage_ms):.1f}", f"{percentile(stage_ms, 0.9):.1f}", f"{max(stage_ms):.1f}"]
+        )
     table.rows.append(["all", f"{median(whole):.1f}", f"{percentile(whole, 0.9):.1f}", f"{max(whole):.1f}"])
     result.tables.append(table)
     result.targets.append(at_most("attach to first block read, median", median(whole), 200.0, " ms"))

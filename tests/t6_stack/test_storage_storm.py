@@ -167,5 +167,7 @@ def test_programs_notice_nothing_of_storage_drivers_that_are_killed(daemon: Daem
     assert status["faults"] == 0, status
     daemon.udf.done("unplug", "stick")
     written = image.read_bytes()
-    assert written[MIB : MIB + PART] == (tmp_path / "copying" / "there").read_bytes(), "what was flushed is on the stick"
+    assert written[MIB : MIB + PART] == (tmp_path / "copying" / "there").read_bytes(), (
+        "what was flushed is on the stick"
+    )
     assert written[MIB + PART : MIB + 2 * PART] == (tmp_path / "converting" / "image").read_bytes()

@@ -55,12 +55,14 @@ async def _run(control: sockets.ControlSocket, options: DaemonOptions) -> None:
     notifier = Notifier(os.environ)
     try:
         await paths.sweep()  # before anybody is served, who might want one of those mountpoints
-        Places(options.home).sweep()
+        places = Places(options.home)
+        places.sweep()
         async with running(control.sock, ending=_ENDING, daemon=options) as frame:
             if notifier.watchdog is not None:
                 frame.nursery.start_soon(_watchdog, notifier, notifier.watchdog)
             notifier.say(READY=1, STATUS=f"Listening on {control.path}")
             await _until_stopped(frame, notifier)
+        places.leave()
     finally:
         notifier.close()
 

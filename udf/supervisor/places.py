@@ -74,6 +74,12 @@ class Places:
             raise UserError(f"{path} cannot be made: {exc.strerror}") from exc
         return place
 
+    def leave(self) -> None:
+        """Remove the directories of all places, if nobody has a place in them; for the end of a supervisor."""
+        for name in ("block", "dev"):
+            with suppress(OSError):
+                (self._home / name).rmdir()
+
     def sweep(self) -> None:
         """Remove what supervisors that were killed have left; their mounts are gone already."""
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
