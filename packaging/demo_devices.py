@@ -171,11 +171,11 @@ def pull_out(devices: Devices) -> None:
         check(not place.exists(), f"{place} is left")
     names = ", ".join(devices.killed)
     print(
-        "\nWhat happened: three devices were plugged in, and bound to drivers by what they said of themselves. Drivers\n"
-        f"were killed while programs used them ({names}): each was\n"
-        "replaced, the programs waited a moment, and not a byte was lost or changed. Then everything was pulled out: the\n"
-        f"program that still read the stick was told {word}, the serial line was hung up, and nothing is left of the\n"
-        "drivers and of their directories."
+        "\nWhat happened: three devices were plugged in, and bound to drivers by what they say of themselves.\n"
+        f"Drivers were killed while programs used them ({names}):\n"
+        "each was replaced, the programs waited a moment, and not a byte was lost or changed. Then everything was\n"
+        f"pulled out: the program that still read the stick was told {word}, the serial line was hung up, and\n"
+        "nothing is left of the drivers and of their directories."
     )
 
 

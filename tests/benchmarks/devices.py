@@ -1,5 +1,5 @@
-"""A stick's speed through model, USB/IP, driver and block shim, beside bare bulk transfers on the same bus; and how long
-it takes from a device's arrival to its first block.
+"""A stick's speed through model, USB/IP, driver and block shim, beside bare bulk transfers on the same bus; and the time
+from a device's arrival to its first block.
 
 The emulator is one process for all: the bare loop imports a source-and-sink device from it and does nothing but pyusb
 bulk transfers; UDF's driver has a stick on it, which nbdcopy reads and writes. Run as a script this file is the loop.
@@ -112,8 +112,8 @@ def _speed(the_lab: Lab, connection: Connection, result: Result) -> None:
         for name in ("bench", "bare"):
             connection.call("Unplug", name=name)
     result.notes += [
-        f"{rounds} rounds of {megabytes} MiB each way; bare: pyusb bulk transfers of {_TRANSFER // 1024} KiB, one after",
-        "the other, with a source and a sink; UDF: nbdcopy from and to a stick; both on the same emulator, by USB/IP",
+        f"{rounds} rounds of {megabytes} MiB each way; bare: pyusb bulk transfers of {_TRANSFER // 1024} KiB, one by",
+        "one, with a source and a sink; UDF: nbdcopy from and to a stick; both on the same emulator, by USB/IP",
         f"CPUs used by others meanwhile: {watch.stop().others:.2f}",
     ]
     table = Table("sequential, MiB/s (medians; ratios: medians of the rounds' ratios)", ["", "bare", "UDF", "x bare"])

@@ -110,10 +110,10 @@ class Verifying(Worker):
 
     def work(self) -> None:
         self.do(
-            *("fio", "--name=verify", f"--filename={self.path}", f"--size={PART}", "--rw=randwrite", "--bsrange=4k-128k"),
+            *("fio", "--name=verify", f"--filename={self.path}", f"--size={PART}", "--rw=randwrite"),
+            *("--bsrange=4k-128k", "--allow_file_create=0", f"--randseed={self.rounds + 1}"),
             *("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--end_fsync=1", "--ioengine=psync"),
-            *(f"--randseed={self.rounds + 1}", "--allow_file_create=0"),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.timeout(4 * SECONDS + 180)
@@ -122,7 +122,7 @@ def test_programs_notice_nothing_of_storage_drivers_that_are_killed(daemon: Daem
     daemon.udf.done("plug", image, "--serial", "STORM1")
     with Connection(daemon.socket) as connection:
         device = next(iter(connection.call("Devices")["devices"]))
-        place = Path(device["instances"][0]["path"])
+        place = Path(device["instances"][0]["path"]).parent
         name = device["instances"][0]["name"]
         socket = place.parents[1] / "block" / f"{place.name}.sock"
         over = threading.Event()
