@@ -16,7 +16,7 @@ import time
 import traceback
 from types import FrameType
 
-from tests.benchmarks import glue, leaks, machine, memory, parallel, pause, sequential, spin, tree
+from tests.benchmarks import devices, glue, leaks, machine, memory, parallel, pause, sequential, spin, tree
 from tests.benchmarks.lab import Lab
 from tests.benchmarks.report import Result
 
@@ -27,6 +27,7 @@ BENCHMARKS = {
     "parallel": parallel.run,
     "spin": spin.run,
     "pause": pause.run,
+    "devices": devices.run,
     "memory": memory.run,
     "leaks": leaks.run,
 }
