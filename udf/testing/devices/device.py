@@ -180,6 +180,11 @@ class Device:
         pipe = self._engine.pipes.get(endpoint) if self._engine is not None else None
         return sum(map(len, list(pipe.queue))) if pipe is not None else 0
 
+    def toggle(self, endpoint: int) -> int:
+        """What its next packet carries, 0 for DATA0 or 1 for DATA1: it begins anew when a halt is cleared."""
+        pipe = self._engine.pipes.get(endpoint) if self._engine is not None else None
+        return pipe.toggle if pipe is not None else 0
+
     def later(self, seconds: float, call: Callable[[], object]) -> None:
         """Call in the emulator's thread after a time, if it is plugged in."""
 

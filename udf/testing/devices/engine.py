@@ -137,6 +137,7 @@ class Engine:
             data = transfer.out if action is None else _spoil_out(transfer)
             self.device.on_out(transfer.address, data)
             transfer.actual = len(data)
+            pipe.passed(len(data))
         except Nak:
             return transfer.done
         except Stall:
@@ -170,6 +171,7 @@ class Engine:
             if length % size or not length:
                 break  # a short packet is the end
         got = transfer.got
+        pipe.passed(transfer.actual)
         self._end(transfer, OK, got[0] if len(got) == 1 else b"".join(got))
         return True
 
@@ -291,6 +293,7 @@ class Engine:
         pipe = self.pipes.get(address)
         if pipe is None:
             return address & 0x7F == 0
+        pipe.toggle = 0  # chapter 9.4.5: halted or not
         if not pipe.wedged:
             pipe.halted = False
             self.pump(pipe)
