@@ -30,6 +30,7 @@ FAULTS = [
 def use(bus: Emulator, plugged: Plugged, choice: random.Random) -> None:
     """One import and some work; whatever the faults make of it."""
     with connected(bus, plugged) as raw:
+        raw.sock.settimeout(1)  # a fault may leave both sides waiting
         for _ in range(choice.randrange(20)):
             if isinstance(plugged.device, Storage):
                 good(raw, write_10(choice.randrange(100), 8), data=bytes(4096))
