@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.t1_devices.bot import EPIPE, INQUIRY, cbw, good, reset_recovery
 from tests.t1_devices.raw import Raw, connected
 from udf.testing.devices import Emulator, Plugged
-from udf.testing.devices.scsi import _COMMANDS, Unit
+from udf.testing.devices.scsi import _COMMANDS
 from udf.testing.devices.storage import Storage
 
 
@@ -82,4 +82,3 @@ def test_any_bytes_are_survived_by_reset_recovery(
 
 def test_every_command_of_the_table_has_a_description() -> None:
     assert all(handler.__doc__ for handler in _COMMANDS.values())
-    assert all(getattr(Unit, handler.__name__) is handler for handler in _COMMANDS.values())
