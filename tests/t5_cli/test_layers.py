@@ -18,12 +18,24 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.manifest": ("udf.manifest", "udf.errors", "udf.host.capabilities", "udf:INTERFACE"),
     "udf.fuse": ("udf.fuse",),
     "udf.shim": ("udf.fuse", "udf.shim"),
+    "udf.usb": ("udf.usb", "udf.errors", "udf.messages"),
+    "udf.block": ("udf.block", "udf.driver.block", "udf.errors"),
+    "udf.block.shim": ("udf.block", "udf.errors"),
     "udf.driver": ("udf.driver", "udf.errors"),
-    "udf.block": ("udf.block", "udf.driver", "udf.errors"),
-    "udf.host": ("udf.host", "udf.block", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
+    "udf.driver.usb": ("udf.driver", "udf.errors", "udf.usb"),
+    "udf.host": (
+        *("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
+        *("udf.usb", "udf.block"),
+    ),
     "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
-    "udf.supervisor": ("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
-    "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
+    "udf.supervisor": (
+        *("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
+        *("udf.usb", "udf.block"),
+    ),
+    "udf.testing": (
+        *("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
+        "udf.usb",
+    ),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
     "udf.__main__": ("udf.cli",),
@@ -32,6 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
 NEVER: dict[str, tuple[str, ...]] = {
     "udf.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.fuse": ("trio", "pyfuse3", "msgspec"),
+    "udf.block.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.cli": ("pyfuse3",),
     "udf.doctor": ("trio", "pyfuse3"),
 }
