@@ -250,8 +250,8 @@ class BlockFiles(pyfuse3.Operations):
         file.opens += 1
         number = next(self._numbers)
         self._handles[number] = handle
-        # Not keep_cache: somebody else may have written since, by another name or over NBD.
-        return FileInfo(fh=number)
+        # Somebody else may have written since, by another name or over NBD.
+        return FileInfo(fh=number, keep_cache=False)
 
     async def _connect(self, file: File, *, claim: bool) -> BlockClient:
         client = await BlockClient.open(self._uri, file.export, claim=claim, timeout=self._timeout)

@@ -116,6 +116,26 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_an_open_shows_what_others_have_written(tmp_path: Path) -> None:
+    """The pages of a file were kept from one open to the next: what was written to a partition did not show."""
+    disk = Memory(4 * MIB)
+
+    class Part(Memory):
+        """Half of the disk."""
+
+        def __init__(self) -> None:
+            super().__init__(2 * MIB)
+            self.data = disk.data
+
+    with mounted({"": disk, "part1": Part()}, tmp_path) as d:
+        assert (d / "disk").read_bytes() == bytes(4 * MIB)
+        with open(d / "part1", "r+b") as part:
+            part.write(b"x" * MIB)
+        assert (d / "disk").read_bytes() == b"x" * MIB + bytes(3 * MIB)
+        disk.data[:MIB] = b"y" * MIB  # over NBD
+        assert (d / "part1").read_bytes() == b"y" * MIB + bytes(MIB)
+
+
 def test_many_small_writes_by_one_descriptor_and_readers_beside(tmp_path: Path) -> None:
     disk = Memory(MIB, 512)
     with mounted({"": disk}, tmp_path) as d, open(d / "disk", "r+b", buffering=0) as file:
