@@ -260,6 +260,37 @@ def test_ext4_is_made_checked_and_filled_on_a_file(tmp_path: Path) -> None:
     subprocess.run([str(tool("e2fsck")), "-f", "-n", str(tmp_path / "image")], check=True, capture_output=True)
 
 
+def test_fuse2fs_serves_a_filesystem_from_a_file(tmp_path: Path) -> None:
+    need("mkfs.ext4", "e2fsck", "fuse2fs")
+    disk = Memory(32 * MIB)
+    data = os.urandom(3 * MIB)
+    (tmp_path / "ext").mkdir()
+    with mounted({"": disk}, tmp_path) as d:
+        subprocess.run([str(tool("mkfs.ext4")), "-q", "-F", str(d / "disk")], check=True, capture_output=True)
+        subprocess.run(["fuse2fs", str(d / "disk"), str(tmp_path / "ext"), "-o", "fakeroot"], check=True)
+        try:
+            (tmp_path / "ext" / "file").write_bytes(data)
+            with pytest.raises(OSError) as caught:
+                (d / "disk").write_bytes(b"x")
+            assert caught.value.errno == errno.EBUSY, "what is mounted is written to by nobody else"
+            assert (tmp_path / "ext" / "file").read_bytes() == data
+        finally:
+            subprocess.run(["umount", str(tmp_path / "ext")], check=True)
+        # fuse2fs ends a moment after its mount.
+        _until(lambda: not _users(d / "disk"))
+        subprocess.run([str(tool("e2fsck")), "-f", "-n", str(d / "disk")], check=True, capture_output=True)
+
+
+def _users(path: Path) -> list[str]:
+    """Processes that have a file open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(path):
+                found.append(str(link))
+    return found
+
+
 def test_sfdisk_partitions_a_file(tmp_path: Path) -> None:
     need("sfdisk")
     with mounted({"": Memory(64 * MIB)}, tmp_path) as d:
