@@ -235,6 +235,8 @@ class BlockClient:
             raise DeviceGone(self._failure)
         if not 0 <= offset <= wire.MAX_SIZE or not 0 <= size <= 0xFFFFFFFF:
             raise OSError(errno.EINVAL, "no such range")
+        if command <= wire.CMD_WRITE and size > self.maximum:
+            raise OSError(errno.EINVAL, f"{size} bytes at once are more than {self.maximum}")
         self._cookie += 1
         cookie = self._cookie
         request = self._requests[cookie] = _Request(cookie, command, offset, size, target)
