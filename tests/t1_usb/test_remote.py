@@ -86,7 +86,13 @@ class Server:
         self.answers = True
         self.noise = b""
         self.imported: set[str] = set()
-        self.imports = 0
+        self._listed = trio.Event()
+
+    async def lists(self, number: int) -> None:
+        """Until it has been asked for its list so many times more."""
+        with trio.fail_after(10):
+            for _ in range(number):
+                await self._listed.wait()
 
     async def handle(self, stream: trio.SocketStream) -> None:
         try:
@@ -104,6 +110,8 @@ class Server:
         shown = [each for each in self.records if each.busid not in self.imported]
         head = usbip.OPERATION.pack(usbip.VERSION, usbip.REPLY_DEVLIST, 0) + usbip.COUNT.pack(len(shown))
         await stream.send_all(head + b"".join(each.pack(interfaces=True) for each in shown))
+        self._listed.set()
+        self._listed = trio.Event()
 
     async def _import(self, stream: trio.SocketStream) -> None:
         raw = await operations.receive_exactly(stream, usbip.BUSID_SIZE)
@@ -116,7 +124,6 @@ class Server:
             return
         await stream.send_all(reply + found.pack(interfaces=False))
         self.imported.add(busid)
-        self.imports += 1
         try:
             while True:
                 submit = usbip.unpack_submit(await operations.receive_exactly(stream, usbip.URB_SIZE))
@@ -188,10 +195,10 @@ async def test_an_imported_device_is_present_although_its_server_hides_it(hasty:
     async with serving(server.handle) as address, running(address) as (bus, changes):
         key = (await changes.one()).key
         sock = await bus.open(key)
-        await trio.sleep(0.3)  # several lists without it
+        await server.lists(4)
         assert list(bus.devices()) == [key]
         sock.close()
-        await trio.sleep(0.3)
+        await server.lists(6)
         assert list(bus.devices()) == [key], "it was only let go, not pulled"
 
 
@@ -284,11 +291,28 @@ async def test_a_server_that_is_not_there_is_found_when_it_comes(hasty: None, ru
         assert not bus.devices()
         with Emulator(path) as emulator:
             emulator.plug(Loopback())
-            await changes.one()
+            first = (await changes.one()).key
         await changes.until(lambda: not bus.devices())
         with Emulator(path) as emulator:
             emulator.plug(Loopback())
-            await changes.one()
+            assert (await changes.one()).key != first, "another life of the server, another arrival"
+
+
+async def test_a_watched_server_that_only_cut_us_off_has_the_same_devices(hasty: None, runtime_dir: Path) -> None:
+    with Emulator(runtime_dir / "s") as emulator:
+        plugged = emulator.plug(Loopback())
+        async with running(emulator.path) as (bus, changes):
+            key = (await changes.one()).key
+            sock = await bus.open(key)
+            emulator.loop.call(lambda: [each.close() for each in list(emulator.clients) if each.watches])
+            second = emulator.plug(Loopback(), "second")
+            await changes.until(lambda: len(bus.devices()) == 2)
+            assert key in bus.devices()
+            second.unplug()
+            await changes.until(lambda: len(bus.devices()) == 1)
+            await trio.to_thread.run_sync(plugged.unplug)
+            await changes.until(lambda: not bus.devices())
+            sock.close()
 
 
 @pytest.mark.usefixtures("unwatchable")

@@ -12,9 +12,9 @@ from udf.usb.operations import Description, Watched
 Identity = tuple[str, int, int, int, int, int]  # what in a list tells one device from another
 
 
-def key_of(busid: str, arrival: int) -> str:
-    """A key that no other arrival has."""
-    return f"{busid}@{arrival}"
+def key_of(busid: str, arrival: int, life: int = 0) -> str:
+    """A key that no other arrival has: a server that was started again counts its arrivals from the beginning."""
+    return f"{busid}@{arrival}" + (f"+{life}" if life else "")
 
 
 def identity_of(record: usbip.DeviceRecord) -> Identity:
@@ -43,7 +43,7 @@ def listed(key: str, record: usbip.DeviceRecord, description: Description) -> Bu
     )
 
 
-def watched(each: Watched) -> BusDevice:
+def watched(each: Watched, life: int = 0) -> BusDevice:
     """From an event; a device whose descriptor is none is shown without."""
     try:
         parsed = descriptors.parse_device(each.device_descriptor)
@@ -51,7 +51,7 @@ def watched(each: Watched) -> BusDevice:
     except descriptors.DescriptorError:
         parsed, raw = descriptors.Device(*(0,) * 12), b""
     return BusDevice(
-        key=key_of(each.busid, each.arrival),
+        key=key_of(each.busid, each.arrival, life),
         busid=each.busid,
         busnum=each.busnum,
         devnum=each.devnum,

@@ -82,7 +82,8 @@ class UsbipBus(Bus):
         self._changed: Callable[[], None] = lambda: None
         self._listing: _Listing | None = None  # None: the server is watched, or was not reached yet
         self._look = trio.Event()  # poll now
-        self._arrivals = 0
+        self._arrivals = 0  # of a server that we poll
+        self._life = -1  # of a server that we watch: how often it was another one
         self._said = ""  # the last complaint about the server
         self._limit = trio.Semaphore(AT_ONCE)
 
@@ -244,6 +245,8 @@ class UsbipBus(Bus):
                     patience.deadline = float("inf")
                     if not known and what != "devices":
                         return False
+                    if not known:
+                        self._begin_life()
                     known = True
                     self._event(what, devices)
                     ready.now()
@@ -251,9 +254,15 @@ class UsbipBus(Bus):
             self._listing = _Listing()  # the imports that are left: their end is the device's
         return known
 
+    def _begin_life(self) -> None:
+        """While an import of ours lives it is the same server, which only cut us off: its numbers mean the same."""
+        self._reap()
+        if not self._imports:
+            self._life += 1
+
     def _event(self, what: str, devices: list[Watched]) -> None:
         if what == "devices":
-            found = [watched(each) for each in devices[:MAX_DEVICES]]
+            found = [watched(each, self._life) for each in devices[:MAX_DEVICES]]
             for key in self._devices.keys() - {each.key for each in found}:
                 self._remove(key)
             for device in found:
@@ -261,9 +270,11 @@ class UsbipBus(Bus):
             return
         for each in devices:
             if what == "removed":
-                self._remove(key_of(each.busid, each.arrival))
-            elif what == "arrived" or (what == "changed" and key_of(each.busid, each.arrival) in self._devices):
-                self._add(watched(each))
+                self._remove(key_of(each.busid, each.arrival, self._life))
+            elif what == "arrived" or (
+                what == "changed" and key_of(each.busid, each.arrival, self._life) in self._devices
+            ):
+                self._add(watched(each, self._life))
 
     # ---- any server: it is asked
 
