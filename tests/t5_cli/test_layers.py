@@ -18,14 +18,24 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.manifest": ("udf.manifest", "udf.errors", "udf.host.capabilities", "udf:INTERFACE"),
     "udf.fuse": ("udf.fuse",),
     "udf.shim": ("udf.fuse", "udf.shim"),
-    "udf.driver": ("udf.driver", "udf.errors"),
-    "udf.driver.usb": ("udf.driver", "udf.usb", "udf.errors", "udf.messages"),
     "udf.usb": ("udf.usb", "udf.errors", "udf.messages"),
-    "udf.host": ("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
+    "udf.block": ("udf.block", "udf.driver.block", "udf.errors"),
+    "udf.block.shim": ("udf.block", "udf.errors"),
+    "udf.driver": ("udf.driver", "udf.errors"),
+    "udf.driver.usb": ("udf.driver", "udf.errors", "udf.messages", "udf.usb"),
+    "udf.host": (
+        *("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
+        *("udf.usb", "udf.block"),
+    ),
     "udf.supervisor.hosts": ("udf.supervisor", "udf.driver.memory"),  # it makes the state store's empty memfds
-    "udf.supervisor": ("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
-    "udf.testing": ("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
-    "udf.testing.usb_conformance": ("udf.testing.devices", "udf.usb", "udf.errors"),
+    "udf.supervisor": (
+        *("udf.supervisor", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse", "udf:__version__"),
+        *("udf.usb", "udf.block"),
+    ),
+    "udf.testing": (
+        *("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
+        "udf.usb",
+    ),
     "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
@@ -35,7 +45,9 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
 NEVER: dict[str, tuple[str, ...]] = {
     "udf.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.fuse": ("trio", "pyfuse3", "msgspec"),
+    "udf.block.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.cli": ("pyfuse3",),
+    "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("trio", "pyfuse3"),
 }
 
