@@ -145,7 +145,9 @@ class UsbipBus(Bus):
             try:
                 return await import_device(self._address, device.busid)
             except OSError as exc:
-                if exc.errno != errno.EBUSY or trio.current_time() >= self._released.get(device.key, 0.0) + RELEASED:
+                # usbipd resets a device that was let go, and calls it busy or broken until that is done.
+                waits = exc.errno in (errno.EBUSY, errno.EIO)
+                if not waits or trio.current_time() >= self._released.get(device.key, 0.0) + RELEASED:
                     raise
             await trio.sleep(RELEASED / 50)
 
@@ -334,7 +336,8 @@ class UsbipBus(Bus):
         self._arrivals += 1
         key = key_of(record.busid, self._arrivals)
         listing.keys[identity] = key
-        listing.stays_until[key] = trio.current_time() + BACK_IN_LIST
+        self._released[key] = trio.current_time()
+        listing.stays_until[key] = self._released[key] + BACK_IN_LIST
         self._add(listed(key, record, description))
 
     async def _describe(self, record: usbip.DeviceRecord) -> Description:
