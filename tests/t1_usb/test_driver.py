@@ -40,7 +40,7 @@ def driver_of(device: Device | None = None, cls: type[UsbDriver] = UsbDriver) ->
         try:
             yield driver, plugged
         finally:
-            driver.usb._connection.close()
+            driver.usb.connection.close()
             udf_backend.uninstall()
 
 
