@@ -24,7 +24,7 @@ from udf.usb import usbip
 from udf.usb.backend import Backend
 from udf.usb.client import Connection
 from udf.usb.operations import Watched
-from udf.usb.remote import _watched
+from udf.usb.present import watched
 from udf.usb.share import Share
 
 
@@ -32,7 +32,7 @@ from udf.usb.share import Share
 def shared() -> Iterator[tuple[Share, Plugged, DeviceSpec]]:
     with Emulator() as emulator:
         plugged = emulator.plug(Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
         share = Share(emulator.connect(plugged), spec)
         try:
             yield share, plugged, spec
@@ -185,7 +185,7 @@ def test_a_server_that_lies_to_a_share_ends_all_of_it(caplog: pytest.LogCaptureF
     peer = Peer(theirs, echo)
     with Emulator() as emulator:
         plugged = emulator.plug(Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
     spec = msgspec.structs.replace(spec, configuration=1)
     share = Share(ours, spec)
     with Connection(share.connect(0)) as connection:

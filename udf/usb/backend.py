@@ -4,6 +4,7 @@ Owns: what libusb and usbfs keep for a device (claims by handle, the active conf
 their answers. Must never: show another device than this one, or be kinder than libusb: code that works here has to
 work on the kernel's bus. Called by: pyusb, once install() has made it the answer to every default look-up.
 
+Longer than other files, because pyusb wants all of it in one class: a method for each call of libusb, in its order.
 Where usbfs or libusb has a peculiarity it is named beside the line that copies it. Time-outs are milliseconds here and
 0 is none, as everywhere in pyusb.
 """
