@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INBOX = 32 * 1024
 MOST_UNITS = 16
+_MOST_NAME = 32  # characters of a unit's name
 _MOST_REPLY = 256 * 1024  # bytes of a reply that is not data
 _MOST_SKIPPED = 64  # replies to LIST and the like that mean nothing to us
 _FILLS = 16  # receives in one turn of the loop
@@ -113,6 +114,8 @@ class DriverConnection:
         names = [wire.unpack_server(payload) for kind, payload in replies if kind == wire.REP_SERVER]
         if len(set(names)) != len(names) or len(names) > MOST_UNITS:
             raise BrokenDriver("open", f"its {len(names)} units are too many, or two have the same name")
+        if not all(len(name) <= _MOST_NAME and name.isascii() and (name.isprintable() or not name) for name in names):
+            raise BrokenDriver("open", "the name of a unit is too long, or not a plain one")
         self.out.push(wire.pack_option(wire.OPT_ABORT))
         self.over = True
         listed(names)
