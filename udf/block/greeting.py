@@ -25,6 +25,11 @@ class Offer:
     context: int | None = None  # the id of base:allocation, if the server has it
     claimed: bool = False
 
+    @property
+    def read_only(self) -> bool:
+        """Nothing can be changed."""
+        return bool(self.flags & wire.READ_ONLY)
+
 
 class Greeting:
     """One connection's options. WireError and Ended: the connection is of no use."""
@@ -57,15 +62,22 @@ class Greeting:
         self._infos(replies[:-1], offer)
         return offer
 
-    async def exports(self) -> list[str]:
-        """The names of what the server exports; then leave."""
+    async def exports(self) -> dict[str, Offer]:
+        """All exports of the server by name; then leave. "" is there if the server tells of it."""
         await self._greet()
         if not self._fixed:
             raise OSError(errno.EOPNOTSUPP, "the server cannot tell what it exports")
         replies = await self._ask(wire.OPT_LIST)
         _refuse(replies[-1], "")
+        names = [wire.unpack_server(reply.payload) for reply in replies[:-1] if reply.type == wire.REP_SERVER]
+        found: dict[str, Offer] = {}
+        for name in dict.fromkeys(names):
+            *infos, last = await self._ask(wire.OPT_INFO, wire.pack_go(name))
+            if last.type == wire.REP_ACK:  # else it went meanwhile, or is not for us
+                found[name] = Offer()
+                self._infos(infos, found[name])
         await self._stream.send(wire.pack_option(wire.OPT_ABORT))
-        return [wire.unpack_server(reply.payload) for reply in replies[:-1] if reply.type == wire.REP_SERVER]
+        return found
 
     async def _greet(self) -> None:
         stream = self._stream
