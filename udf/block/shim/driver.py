@@ -49,6 +49,7 @@ class Terms(NamedTuple):
     minimum: int
     preferred: int
     maximum: int
+    block: int  # what its partition table counts in
     structured: bool
     context: int | None  # of base:allocation
 
@@ -344,7 +345,7 @@ class DriverConnection:
 def _terms(infos: list[bytes], structured: bool, context: int | None) -> Terms:
     """Check what the driver says of a unit. Raises BrokenDriver."""
     size = flags = None
-    sizes = wire.BlockSizes()
+    sizes = wire.BlockSizes(preferred=512)
     for info in infos:
         kind = int.from_bytes(info[:2], "big")
         if kind == wire.INFO_EXPORT and len(info) == wire.EXPORT_INFO.size:
@@ -359,7 +360,10 @@ def _terms(infos: list[bytes], structured: bool, context: int | None) -> Terms:
     if not _is_power(preferred) or not minimum <= preferred <= wire.MAX_PAYLOAD:
         preferred = max(4096, minimum)
     maximum = min(maximum, wire.MAX_PAYLOAD)
-    return Terms(size - size % minimum, flags, minimum, preferred, maximum - maximum % minimum, structured, context)
+    maximum -= maximum % minimum
+    # Our server takes any byte, and prefers the device's own blocks.
+    block = min(max(512, minimum if minimum > 1 else preferred), 65536)
+    return Terms(size - size % minimum, flags, minimum, preferred, maximum, block, structured, context)
 
 
 def _is_power(number: int) -> bool:
