@@ -386,3 +386,51 @@ def test_sigterm_stops_it_in_order(runtime_dir: Path, disk: Path) -> None:
         shim.expect("unmounted")
         assert shim.process.wait(LONG) == 0
         assert disk.read_bytes()[:512] == b"x" * 512
+
+
+def test_a_driver_is_replaced_while_it_serves(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "slow:0.05")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        cookies = {client.ask(wire.CMD_WRITE, 512 * index, 512, b"x" * 512) for index in range(32)}
+        shim.attach(Driver("disk", disk))
+        shim.expect("attached")
+        answers = [client.answer() for _ in cookies]
+        assert {cookie for cookie, _, _ in answers} == cookies
+        assert {error for _, error, _ in answers} == {0}
+        driver.kill()
+        assert client.read(0, 32 * 512) == b"x" * 32 * 512
+
+
+def test_it_stops_although_there_is_no_driver_and_tells_who_waits(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "cache")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        client.write(0, b"x" * 512)
+        driver.kill()
+        shim.expect("link_lost")
+        cookie = client.ask(wire.CMD_READ, 0, 512)
+        shim.until(lambda: shim.requests()["total"] == 1)
+        assert shim.stop() == 0
+        assert client.answer()[:2] == (cookie, wire.ESHUTDOWN)
+
+
+@pytest.mark.parametrize("number", range(2, 10))
+def test_a_reply_that_was_lost_after_the_work_is_made_good(runtime_dir: Path, disk: Path, number: int) -> None:
+    """The driver dies at each request of a program in turn, the work done and the reply not sent; 1 was its table."""
+    driver = Driver("disk", disk, "cache", f"die:any:{number}:done")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        supervisor = threading.Thread(target=lambda: (shim.expect("link_lost"), shim.attach(Driver("disk", disk))))
+        supervisor.start()
+        try:
+            client.write(0, b"a" * 1024)
+            client.write(512, b"b" * 1024)
+            client.flush()
+            assert client.read(0, 2048) == b"a" * 512 + b"b" * 1024 + bytes(512)
+            client.zero(0, 512)
+            client.write(256, b"c" * 512)
+            client.flush()
+            expected = bytes(256) + b"c" * 512 + b"b" * 768 + bytes(512)
+            assert client.read(0, 2048) == expected
+            assert disk.read_bytes()[:2048] == expected
+        finally:
+            driver.kill()
+            supervisor.join(LONG)

@@ -1,10 +1,10 @@
 """A block driver on udf's own server: a file as the medium, with or without a volatile cache, with planned deaths.
 
 Arguments: the link, the file, then words: `cache` (what is written is in the file only after a flush; it dies with this
-process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, before it is done or after, but never answered),
-`hang:VERB:N`, `poison:OFFSET` (dies whenever this is read), `min:N` (block size), `size:N` (not the file's), `lun:N`
-(so many further units of 1 MiB in memory), `fail:VERB:N`, `gone:VERB:N` (the device is gone from there on),
-`deadly:OFFSET` (dies whenever this is written), `slow:SECONDS`, `slot` (SIGUSR1 puts a second unit in or takes it out).
+process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, or of `any`, before it is done or after, but never
+answered), `hang:VERB:N`, `fail:VERB:N`, `gone:VERB:N` (the device is gone from there on), `poison:OFFSET` (dies
+whenever this is read), `deadly:OFFSET` (written), `min:N` (block size), `size:N` (not the file's), `lun:N` (so many
+further units of 1 MiB in memory), `slow:SECONDS`, `slot` (SIGUSR1 puts a second unit in or takes it out).
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ class Disk(BlockDriver):
 
     async def _plan(self, verb: str, when: str) -> None:
         if when == "before":
-            self.counts[verb] = self.counts.get(verb, 0) + 1
+            for counted in (verb, "any"):
+                self.counts[counted] = self.counts.get(counted, 0) + 1
             if self.slow:
                 await trio.sleep(self.slow)
         for event in self.events:
-            if event[1] == verb and int(event[2]) == self.counts[verb]:
+            if event[1] in (verb, "any") and int(event[2]) == self.counts[event[1]]:
                 if event[0] == "die" and (event[3:] == ["done"]) == (when == "after"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if event[0] == "hang" and when == "before":
