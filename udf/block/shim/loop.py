@@ -49,6 +49,7 @@ class Loop:
         self.control = control
         self._listener = listener
         self._listening = False
+        self._no_accept_until = 0.0  # after an error that is not the client's
         listener.setblocking(False)
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -175,6 +176,8 @@ class Loop:
     def _tick(self, now: float) -> None:
         s = self.s
         s.recovery.check_time(now)
+        if self._look_again and self._look is None and s.phase is Phase.SERVING:
+            self._start_look()
         if self._look is not None and now > self._look_until:
             self._driver_ended(f"it did not open its units within {s.config.start_timeout:g} s")
         for client in s.clients:
@@ -189,7 +192,10 @@ class Loop:
     # ---- clients
 
     def _listen(self) -> None:
-        wanted = len(self.s.clients) < MOST_CLIENTS and self.s.phase is not Phase.OPENING and not self.s.stopping
+        s = self.s
+        wanted = len(s.clients) < MOST_CLIENTS and s.phase is not Phase.OPENING and not s.stopping
+        if wanted and self._no_accept_until:
+            wanted = monotonic() >= self._no_accept_until
         if wanted and not self._listening:
             self._watch(self._listener.fileno(), self._accept)
         elif self._listening and not wanted:
@@ -205,10 +211,10 @@ class Loop:
                 sock, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no descriptors, no memory: at the next tick
+            except OSError as error:  # no descriptors, no memory
                 print(f"udf-block-shim: accept: {error}", file=sys.stderr)
-                self._forget(self._listener.fileno())
-                self._listening = False
+                self._no_accept_until = monotonic() + _HEARTBEAT
+                self._listen()
                 return
             enlarge(sock)
             client = Client(self.s, sock)
@@ -265,8 +271,6 @@ class Loop:
         self._look = None
         for connection in self.s.recovery.opened(found):
             generation.release(connection)
-        if self._look_again and self.s.phase is Phase.SERVING:
-            self._start_look()
 
     def _from_driver(self, connection: DriverConnection, event: int) -> None:
         if event & _OUT:
@@ -288,9 +292,7 @@ class Loop:
         assert self._generation is not None
         try:
             if self._generation.receive():
-                self._look_again = True
-                if self._look is None and self.s.phase is Phase.SERVING:
-                    self._start_look()
+                self._look_again = True  # at the next tick: a slot that is being filled says so more than once
         except Ended as ended:
             self._driver_ended(str(ended))
         except BrokenDriver as broken:

@@ -45,7 +45,7 @@ class Unit:
         self.maximum = terms.maximum
         self.read_only = bool(terms.flags & wire.READ_ONLY)
         self.can_flush = bool(terms.flags & wire.SEND_FLUSH)
-        self.block_size = max(512, terms.minimum)  # of its partition table
+        self.block_size = terms.block
         self.table = Table()
         self.table_touched = False  # somebody has written where its partition table may be
         self.scan_again = False  # a look at its partition table did not come to its end
