@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,55 @@ async def serving(units: Mapping[str, BlockUnit] | BlockDriver, claims: Claims |
             yield path
             nursery.cancel_scope.cancel()
         path.unlink()
+
+
+class OneWriter:
+    """Claims: each export has at most one writer."""
+
+    def __init__(self) -> None:
+        self.holders: dict[str, object] = {}
+
+    def take(self, holder: object, export: str) -> None:
+        if self.holders.setdefault(export, holder) is not holder:
+            raise PermissionError(errno.EPERM, f"somebody else writes to {export}")
+
+    def drop(self, holder: object) -> None:
+        self.holders = {export: known for export, known in self.holders.items() if known is not holder}
+
+
+@contextlib.contextmanager
+def background(units: Mapping[str, BlockUnit], claims: Claims | None = None) -> Iterator[Path]:
+    """Our server in a thread, for tests that block; it asks the mapping each time. All has ended when this ends."""
+    from tests.conftest import make_runtime_dir
+
+    async def known() -> Mapping[str, BlockUnit]:
+        return dict(units)
+
+    async def main(listener: socket.socket) -> None:
+        nonlocal token
+        async with trio.open_nursery() as nursery:
+            token, scope = trio.lowlevel.current_trio_token(), nursery.cancel_scope
+            scopes.append(scope)
+            started.set()
+            await Server(known, claims=claims, report=_fail).listen(listener)
+
+    token: trio.lowlevel.TrioToken | None = None
+    scopes: list[trio.CancelScope] = []
+    started = threading.Event()
+    with make_runtime_dir() as directory, socket.socket(socket.AF_UNIX) as listener:
+        path = directory / "nbd.sock"
+        listener.bind(str(path))
+        listener.listen(16)
+        thread = threading.Thread(target=trio.run, args=(main, listener))
+        thread.start()
+        started.wait()
+        try:
+            yield path
+        finally:
+            assert token is not None
+            token.run_sync_soon(scopes[0].cancel)
+            thread.join()
+            path.unlink()
 
 
 def _fail(operation: str, line: str, text: str) -> None:

@@ -61,6 +61,8 @@ class Shim:
     def __init__(self, directory: Path, driver: Driver | socket.socket, **config: object) -> None:
         self.path = directory / "nbd.sock"
         self.messages: list[dict[str, Any]] = []
+        self.exports: list[dict[str, Any]] = []
+        self.drivers = [] if isinstance(driver, socket.socket) else [driver]
         self._taken: set[int] = set()
         self._news = threading.Condition()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -120,6 +122,7 @@ class Shim:
         return exports
 
     def attach(self, driver: Driver, generation: int = 2, *, counted: bool = False) -> None:
+        self.drivers.append(driver)
         self.send("attach", (driver.link.fileno(),), generation=generation, counted=counted)
         driver.link.close()
 
@@ -159,6 +162,8 @@ class Shim:
         self._reader.join()
         self.control.close()
         self.path.unlink(missing_ok=True)
+        for driver in self.drivers:
+            driver.kill()
         return text
 
 
@@ -167,12 +172,11 @@ def serving(directory: Path, driver: Driver, **config: object) -> Iterator[Shim]
     """A shim that serves a driver; neither is left, and the shim has not complained."""
     shim = Shim(directory, driver, **config)
     try:
-        shim.exports = shim.serving()  # type: ignore[attr-defined]
+        shim.exports = shim.serving()
         yield shim
         crashed = shim.process.poll() not in (None, 0)
     finally:
         text = shim.close()
-        driver.kill()
         if text:
             print(text, file=sys.stderr)
     assert not crashed, "the shim ended by itself"

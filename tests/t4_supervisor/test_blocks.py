@@ -70,7 +70,9 @@ async def test_a_killed_driver_is_invisible_at_the_socket_and_in_the_file(lab: L
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(kill)
-        for _ in range(8):
+        for _ in range(30):
+            if endpoint.generation > 3:
+                break
             copied = await run("nbdcopy", uri(lab, "disk0"), "-")
             assert (copied.returncode, copied.stdout == b"\x01\x01" * (1 << 19)) == (0, True), copied.stderr
             assert await read(lab.place("disk0") / "disk") == b"\x01\x01" * (1 << 19)

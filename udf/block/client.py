@@ -125,17 +125,21 @@ class BlockClient:
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
-    async def aclose(self) -> None:
-        """End the connection; requests that wait fail with DeviceGone."""
-        if self._stream.broken is None:
-            # To say so is a courtesy: only if it needs no waiting.
-            with trio.CancelScope() as scope:
-                scope.cancel()
-                try:
-                    await self._stream.send(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, wire.CMD_DISC, 0, 0, 0))
-                except Ended:
-                    pass
-        self._fail("the connection is closed")
+    async def aclose(self, wait: float = 0) -> None:
+        """End the connection; requests that wait fail with DeviceGone.
+
+        `wait`: seconds to wait until the server is done with it too. Our own has given up the claim by then.
+        """
+        try:
+            # To say goodbye is a courtesy, unless somebody waits for what comes of it.
+            with trio.move_on_after(wait):
+                await self._stream.send(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, wire.CMD_DISC, 0, 0, 0))
+                while not self._reading:
+                    await self._stream.skip(1)
+        except Ended:
+            pass
+        finally:
+            self._fail("the connection is closed")
 
     # ---- what the export is
 

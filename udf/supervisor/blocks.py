@@ -49,6 +49,9 @@ class BlockEndpoint(Endpoint):
             exports=self._exports_changed,
         )
         self.files = None if plan.files is None else Mount(plan.files, events, reaper)
+        self._files_scope = trio.CancelScope()
+        self._files_done = self.files is None  # they can be used, or will not be
+        self._files_over: trio.Event | None = None  # their supervision has ended
         self._unmounting = trio.Lock()
 
     def _make_front(self) -> BlockShim:
@@ -80,35 +83,51 @@ class BlockEndpoint(Endpoint):
     def _problem_of_front(self) -> tuple[str, Reason]:
         return self._front.problem()
 
+    async def _start(self, nursery: trio.Nursery) -> StartFailedError | None:
+        if self.files is not None:
+            self.files.hold()
+            self._files_over = trio.Event()
+            nursery.start_soon(self._run_files, self.files, self._files_over)
+            nursery.start_soon(self._follow_unplug, self.files)
+        return await super()._start(nursery)
+
     async def _start_dependants(self, nursery: trio.Nursery) -> None:
         if self.files is not None:
-            nursery.start_soon(self._follow_unplug, self.files)
-            try:
-                await nursery.start(self._run_files, self.files)
-            except StartFailedError as exc:
-                log.warning("%s: it has no files: %s", self.plan.name, exc)
+            self.files.let()
+            await self._bell.until(lambda: self._files_done)
 
-    async def _run_files(self, files: Mount, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run_files(self, files: Mount, over: trio.Event) -> None:
+        """They start beside the driver, and wait for the socket: a process takes longer to start than to use."""
         try:
-            await files.run(task_status=task_status)
-        except StartFailedError as exc:
-            if files.was_started:
-                log.warning("%s: %s", files.plan.name, exc)
-            else:
-                raise
+            with self._files_scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(files.run)
+                    self._files_settled()
+        except* StartFailedError as group:
+            if self._front.is_up and not self.recovery.is_unplugged:
+                log.warning("%s: it has no files: %s", self.plan.name, group.exceptions[0])
+        finally:
+            self._files_settled()
+            over.set()
+
+    def _files_settled(self) -> None:
+        self._files_done = True
+        self._bell.ring()
 
     async def _follow_unplug(self, files: Mount) -> None:
         await self._bell.until(lambda: self.recovery.is_unplugged)
         files.recovery.unplug()
 
     async def _end_front(self) -> str:
-        files = self.files
-        if files is not None and files.was_started and not files.is_gone:
+        files, over = self.files, self._files_over
+        if files is not None and over is not None:
             if self.recovery.is_unplugged:
                 with trio.move_on_after(TERM_GRACE):
-                    await files.ended.wait()
-            if not files.is_gone:
+                    await over.wait()
+            if files.was_started and not files.is_gone:
                 await files.end(self._stopping or Reason.SHUTDOWN)
+            self._files_scope.cancel()
+            await over.wait()
         await self._front.finish(TERM_GRACE)
         with suppress(FileNotFoundError):
             self.plan.socket.unlink()

@@ -57,6 +57,7 @@ class Endpoint(ABC):
         self.recovery = Recovery(plan, self.instance, self.driver, self._front, self._bell, self._fault)
         self._stopping: Reason | None = None
         self._is_open = False  # the front was told to serve
+        self._is_let = True  # the driver may be told to serve
 
     @abstractmethod
     def _make_front(self) -> Front:
@@ -83,6 +84,15 @@ class Endpoint(ABC):
         return []
 
     # ---- life
+
+    def hold(self) -> None:
+        """Have `run` get only as far as it can without the source, which is not there yet, until `let`."""
+        self._is_let = False
+
+    def let(self) -> None:
+        """The source is there."""
+        self._is_let = True
+        self._bell.ring()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Start, report `started` when it can be used, and return when it is GONE. UserError if it cannot start."""
@@ -122,6 +132,8 @@ class Endpoint(ABC):
         our_end, driver_end = front.link()
         with closing(our_end), closing(driver_end):
             first = recovery.start_first(nursery, self._reaper)
+            if not self._is_let:
+                await self._bell.until(lambda: self._is_let or recovery.is_unplugged)
             await recovery.serve(first, driver_end.fileno())
             driver_end.close()  # the driver's end is the driver's alone, so that its death is seen on the other one
             self.driver.note("waiting for ready")

@@ -236,6 +236,7 @@ class Client:
         if self.closed or self.mute:
             self._release(request)
             self.service.client_settled(self)
+            self.service.touched.add(self)
             return
         region = request.region
         assert region is not None

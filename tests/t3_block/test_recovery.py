@@ -1,0 +1,312 @@
+"""Drivers die under a block shim; programs do not notice, and nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.t3_block.lab import LONG, MIB, Client, Driver, NbdError, Shim, serving
+from udf.block import wire
+
+
+def test_a_request_that_was_under_way_is_answered_by_the_next_generation(runtime_dir: Path, disk: Path) -> None:
+    for verb, done in (("write", ""), ("write", ":done"), ("read", ""), ("read", ":done"), ("flush", ":done")):
+        driver = Driver("disk", disk, f"die:{verb}:{2 if verb == 'read' else 1}{done}")
+        with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+            cookies = {
+                client.ask(wire.CMD_WRITE, 8192, 4096, bytes([len(verb + done)]) * 4096),
+                client.ask(wire.CMD_READ, 0, 512),
+                client.ask(wire.CMD_FLUSH, 0, 0),
+            }
+            lost = shim.expect("link_lost")
+            assert lost["pending"] >= 1
+            assert any(line.startswith(verb) for line in lost["recent"])
+            second = Driver("disk", disk)
+            shim.attach(second)
+            assert shim.expect("attached")["replayed"] == lost["pending"]
+            answers = [client.answer() for _ in cookies]
+            assert {cookie for cookie, _, _ in answers} == cookies
+            assert {error for _, error, _ in answers} == {0}
+            assert client.read(8192, 4096) == bytes([len(verb + done)]) * 4096
+            assert shim.stop() == 0
+
+
+def test_what_was_not_flushed_is_written_again_and_in_order(runtime_dir: Path, disk: Path) -> None:
+    """The medium loses its cache with each of its drivers, as a stick does when it is pulled out."""
+    with serving(runtime_dir, Driver("disk", disk, "cache")) as shim, Client(shim.path) as client:
+        client.write(0, b"a" * 8192)
+        client.flush()
+        client.write(0, b"b" * 4096)
+        client.write(2048, b"c" * 4096)
+        client.zero(512, 512)
+        client.write(MIB, b"d" * 100 * 1024)
+        assert disk.read_bytes()[:8192] == b"a" * 8192
+        expected = b"b" * 512 + bytes(512) + b"b" * 1024 + b"c" * 4096 + b"a" * 2048
+        assert client.read(0, 8192) == expected
+        shim.send("detach")
+        with pytest.raises(NbdError) as caught:
+            client.read(0, 512)
+        assert caught.value.number == wire.ESHUTDOWN
+        second = Driver("disk", disk, "cache")
+        shim.attach(second)
+        shim.expect("attached")
+        assert client.read(0, 8192) == expected
+        client.flush()
+        assert disk.read_bytes()[:8192] == expected
+        assert disk.read_bytes()[MIB : MIB + 100 * 1024] == b"d" * 100 * 1024
+        assert shim.counters()["kept_bytes"] == 0
+
+
+def test_a_flush_is_not_acknowledged_once_a_write_before_it_is_lost(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "cache")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        client.write(0, b"a" * 512)
+        driver.kill()
+        shim.expect("link_lost")
+        second = Driver("disk", disk, "cache", "fail:write:1")
+        shim.attach(second)
+        shim.expect("attached")
+        assert "written again" in shim.expect("fault")["error"]
+        for _ in range(2):
+            with pytest.raises(NbdError):
+                client.flush()
+        with Client(shim.path) as other:
+            other.flush()
+
+
+def test_a_medium_of_another_size_is_another_medium(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "lun:1")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client, Client(shim.path, "disk1") as other:
+        driver.kill()
+        shim.expect("link_lost")
+        client.ask(wire.CMD_READ, 0, 512)
+        second = Driver("disk", disk, f"size:{2 * MIB}", "lun:1")
+        shim.attach(second)
+        assert client.answer()[1] == wire.ESHUTDOWN
+        assert [(one["name"], one["size"]) for one in shim.serving()] == [("disk", 2 * MIB), ("disk1", MIB)]
+        with pytest.raises(NbdError) as caught:
+            client.write(0, bytes(512))
+        assert caught.value.number == wire.ESHUTDOWN
+        assert other.read(0, 512) == bytes(512)
+        with Client(shim.path) as fresh:
+            assert fresh.size == 2 * MIB
+            assert fresh.read(0, 512) == bytes(512)
+
+
+def test_a_driver_without_units_can_be_replaced_by_one_with_some(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk)
+    with serving(runtime_dir, driver) as shim:
+        driver.kill()
+        shim.expect("link_lost")
+        broken = Driver("garbage", "none")
+        shim.attach(broken)
+        assert "unit" in shim.expect("refused")["error"]
+        third = Driver("disk", disk)
+        shim.attach(third, 3)
+        assert shim.expect("attached")["generation"] == 3
+        with Client(shim.path) as client:
+            client.write(0, b"x" * 512)
+
+
+def test_a_request_at_which_drivers_die_is_given_up_and_named(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, f"poison:{MIB}")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client, Client(shim.path) as other:
+        bad = client.ask(wire.CMD_READ, MIB, 512)
+        client.ask(wire.CMD_READ, 0, 512)
+        for generation in range(2, 9):
+            shim.expect("link_lost")
+            shim.attach(Driver("disk", disk, f"poison:{MIB}"), generation, counted=True)
+            shim.expect("attached")
+            if shim.counters()["poisoned"]:
+                break
+        assert shim.expect("poison")["op"] == "read"
+        answers = {cookie: error for cookie, error, _ in (client.answer(), client.answer())}
+        assert answers.pop(bad) == wire.EIO
+        assert list(answers.values()) == [0]
+        assert other.read(0, 512) == bytes(512)
+
+
+def test_parked_requests_fail_after_their_patience(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk)
+    with serving(runtime_dir, driver, patience=0.5) as shim, Client(shim.path) as client:
+        driver.kill()
+        shim.expect("link_lost")
+        before = time.monotonic()
+        with pytest.raises(NbdError) as caught:
+            client.write(0, b"x" * 512)
+        assert caught.value.number == wire.EIO
+        assert time.monotonic() - before < 5
+        second = Driver("disk", disk)
+        shim.attach(second)
+        client.write(0, b"x" * 512)
+
+
+def test_told_to_fail_it_fails_everything_until_the_next_generation(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk)
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        driver.kill()
+        shim.expect("link_lost")
+        cookie = client.ask(wire.CMD_WRITE, 0, 512, b"x" * 512)
+        shim.until(lambda: shim.requests()["total"] == 1)
+        [waiting] = shim.requests()["requests"]
+        assert (waiting["op"], waiting["path"], waiting["pid"]) == ("write", "disk 0+512", os.getpid())
+        assert waiting["parked"] is True
+        shim.send("fail")
+        assert client.answer()[:2] == (cookie, wire.EIO)
+        with pytest.raises(NbdError):
+            client.read(0, 512)
+        second = Driver("disk", disk)
+        shim.attach(second)
+        shim.expect("attached")
+        assert client.read(0, 512) == bytes(512)
+
+
+def test_one_request_can_be_given_up(runtime_dir: Path, disk: Path) -> None:
+    with serving(runtime_dir, Driver("disk", disk, "hang:write:1")) as shim, Client(shim.path) as client:
+        cookie = client.ask(wire.CMD_WRITE, 0, 512, b"x" * 512)
+        shim.until(lambda: shim.requests()["total"] == 1)
+        shim.send("abort", request=shim.requests()["requests"][0]["id"])
+        assert client.answer()[:2] == (cookie, wire.EIO)
+        assert client.read(0, 512) == bytes(512)
+
+
+def test_a_driver_that_hangs_is_told_of_once_and_the_program_gets_an_answer(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "hang:write:1")
+    with serving(runtime_dir, driver, deadline=0.3) as shim, Client(shim.path) as client:
+        client.ask(wire.CMD_WRITE, 0, 512, b"x" * 512)
+        overdue = shim.expect("overdue")
+        assert overdue["op"] == "write"
+        assert overdue["age"] >= 0.3
+        assert client.answer()[1] == wire.EIO
+        assert client.read(0, 512) == bytes(512)
+        assert len(shim.said("overdue")) == 1
+
+
+@pytest.mark.parametrize("verb", ["read", "write", "flush", "zero", "trim"])
+def test_unplugged_at_any_request_everything_that_waits_ends_at_once(runtime_dir: Path, disk: Path, verb: str) -> None:
+    first = 2 if verb == "read" else 1  # its partition table has been read before
+    driver = Driver("disk", disk, f"hang:{'write' if verb == 'zero' else verb}:{first}")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        op = {
+            "read": wire.CMD_READ,
+            "write": wire.CMD_WRITE,
+            "flush": wire.CMD_FLUSH,
+            "zero": wire.CMD_WRITE_ZEROES,
+            "trim": wire.CMD_TRIM,
+        }[verb]
+        size = 0 if verb == "flush" else 512
+        cookie = client.ask(op, 0, size, bytes(size) if verb == "write" else b"")
+        shim.until(lambda: shim.requests()["total"] == 1)
+        before = time.monotonic()
+        shim.send("detach")
+        assert client.answer()[:2] == (cookie, wire.ESHUTDOWN)
+        assert time.monotonic() - before < 1
+        with pytest.raises(NbdError) as caught:
+            client.flush()
+        assert caught.value.number == wire.ESHUTDOWN
+        with pytest.raises(FileNotFoundError):
+            Client(shim.path)
+        assert shim.stop() == 0
+
+
+class Killer(threading.Thread):
+    """Kills one driver after the other, and is the supervisor that starts the next one."""
+
+    def __init__(self, shim: Shim, driver: Driver, start: object, seconds: float) -> None:
+        super().__init__()
+        self.shim, self.driver, self.new, self.seconds = shim, driver, start, seconds
+        self.deaths = 0
+        self.error: BaseException | None = None
+        self.enough = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self.enough.wait(self.seconds):
+                self.driver.kill()
+                self.shim.expect("link_lost")
+                self.deaths += 1
+                self.driver = self.new()  # type: ignore[operator]
+                self.shim.attach(self.driver, self.deaths + 1)
+                self.shim.expect("attached")
+        except BaseException as error:
+            self.error = error
+
+    def finish(self) -> None:
+        self.enough.set()
+        self.join(LONG)
+        self.driver.kill()
+        assert self.error is None
+        assert self.deaths > 0
+
+
+def test_a_copy_does_not_notice_that_its_driver_is_killed_ten_times_a_second(runtime_dir: Path) -> None:
+    source = runtime_dir / "source"
+    source.write_bytes(random.Random(4).randbytes(64 * MIB))
+    target = runtime_dir / "target"
+    target.write_bytes(bytes(64 * MIB))
+    arguments = ("file", str(target), "--filter=delay", "wdelay=2ms", "rdelay=2ms")
+    driver = Driver("nbdkit", *arguments)
+    with serving(runtime_dir, driver) as shim:
+        killer = Killer(shim, driver, lambda: Driver("nbdkit", *arguments), 0.1)
+        try:
+            for command in (
+                ["nbdcopy", "--flush", str(source), shim.uri()],
+                ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), shim.uri()],
+                ["nbdcopy", shim.uri(), str(runtime_dir / "back")],
+            ):
+                subprocess.run(command, check=True, timeout=90)
+        finally:
+            killer.finish()
+        assert (runtime_dir / "back").read_bytes() == source.read_bytes()
+        assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_acknowledged_write_is_lost_with_the_cache_of_a_dying_medium(
+    runtime_dir: Path, disk: Path, seed: int
+) -> None:
+    """A writer with a model of its own; after each flush the medium itself is compared."""
+    rng = random.Random(seed)
+    model = bytearray(4 * MIB)
+    driver = Driver("disk", disk, "cache")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        killer = Killer(shim, driver, lambda: Driver("disk", disk, "cache"), 0.1)
+        try:
+            until = time.monotonic() + 8
+            while time.monotonic() < until:
+                under_way: dict[int, tuple[int, bytes]] = {}
+                for _ in range(rng.randint(1, 8)):
+                    size = 512 * rng.randint(1, 200)
+                    at = 512 * rng.randint(0, (4 * MIB - size) // 512)
+                    if any(at < start + len(data) and start < at + size for start, data in under_way.values()):
+                        continue  # the order of those that are under way together is nobody's
+                    data = rng.randbytes(size)
+                    under_way[client.ask(wire.CMD_WRITE, at, size, data)] = (at, data)
+                while under_way:
+                    cookie, error, _ = client.answer()
+                    assert not error
+                    at, data = under_way.pop(cookie)
+                    model[at : at + len(data)] = data
+                what = rng.random()
+                if what < 0.2:
+                    at = 512 * rng.randint(0, 8191 - 64)
+                    client.zero(at, 32768)
+                    model[at : at + 32768] = bytes(32768)
+                elif what < 0.5:
+                    at = 512 * rng.randint(0, 4096)
+                    assert client.read(at, 256 * 1024) == model[at : at + 256 * 1024]
+                elif what < 0.7:
+                    client.flush()
+                    assert disk.read_bytes() == model
+            client.flush()
+            assert disk.read_bytes() == model
+        finally:
+            killer.finish()
+        assert shim.counters()["kept_again"] > 0
