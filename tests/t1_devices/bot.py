@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from tests.t1_devices.raw import Failed, Raw
+from tests.t1_devices.raw import Raw
 
 EPIPE = -32
 
@@ -15,12 +15,12 @@ def cbw(cdb: bytes, length: int = 0, *, reads: bool = True, tag: int = 7, lun: i
 
 def take_csw(raw: Raw, tag: int = 7) -> tuple[int, int]:
     """Residue and status; a stall is cleared once, as the specification says."""
-    try:
-        data = raw.read(0x81, 13)
-    except Failed as error:
-        assert error.status == EPIPE
+    answer = raw.wait(raw.submit(0x81, 13))
+    if answer.status == EPIPE:
         raw.clear_halt(0x81)
-        data = raw.read(0x81, 13)
+        answer = raw.wait(raw.submit(0x81, 13))
+    assert answer.status == 0
+    data = answer.data
     signature, seen, residue, status = struct.unpack("<4sIIB", data)
     assert (signature, seen) == (b"USBS", tag)
     return residue, status

@@ -9,56 +9,33 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from udf.testing.devices import scsi_blocks
 from udf.testing.devices import scsi_pages as pages
 from udf.testing.devices.medium import Medium
-
-T = TypeVar("T")
-
-
-class Check(Exception):
-    """CHECK CONDITION with this sense: key, additional code and its qualifier."""
-
-    def __init__(self, key: int, asc: int, ascq: int = 0, information: int | None = None) -> None:
-        super().__init__(f"{key:x}/{asc:02x}/{ascq:02x}")
-        self.sense = (key, asc, ascq)
-        self.information = information
-
-
-NO_SENSE, NOT_READY, MEDIUM_ERROR, ILLEGAL, ATTENTION, PROTECT, MISCOMPARE = 0, 2, 3, 5, 6, 7, 0xE
-INVALID_OPCODE = (ILLEGAL, 0x20, 0)
-INVALID_FIELD = (ILLEGAL, 0x24, 0)
-INVALID_PARAMETER = (ILLEGAL, 0x26, 0)
-OUT_OF_RANGE = (ILLEGAL, 0x21, 0)
-LUN_UNKNOWN = (ILLEGAL, 0x25, 0)
-NO_MEDIUM = (NOT_READY, 0x3A, 0)
-WRITE_PROTECTED = (PROTECT, 0x27, 0)
-POWER_ON = (ATTENTION, 0x29, 0)
-MEDIUM_CHANGED = (ATTENTION, 0x28, 0)
-MODE_CHANGED = (ATTENTION, 0x2A, 1)
-
-_MAX_SAME = 1 << 16  # blocks of one WRITE SAME
-_MAX_UNMAP = 1 << 22  # blocks of one UNMAP, all descriptors together
-
-
-@dataclass
-class Plan:
-    """What a command will do: `to_host` bytes come out of `read`, or `from_host` bytes go into `write`, then `finish`.
-
-    Each of the three may raise Check. `read(position, size)` and `write(position, data)` are called in order.
-    """
-
-    to_host: int = 0
-    from_host: int = 0
-    read: Callable[[int, int], bytes] | None = None
-    write: Callable[[int, bytes], None] | None = None
-    finish: Callable[[], None] | None = None
-
-
-def _reply(data: bytes, allocation: int) -> Plan:
-    data = data[:allocation]
-    return Plan(to_host=len(data), read=lambda position, size: data[position : position + size])
+from udf.testing.devices.scsi_words import (
+    ILLEGAL,
+    INQUIRY,
+    INVALID_FIELD,
+    INVALID_OPCODE,
+    INVALID_PARAMETER,
+    MEDIUM_CHANGED,
+    MODE_SELECT_10,
+    MODE_SENSE_10,
+    NO_MEDIUM,
+    NOT_READY,
+    OUT_OF_RANGE,
+    POWER_ON,
+    REPORT_LUNS,
+    REQUEST_SENSE,
+    SYNCHRONIZE_16,
+    WRITE_PROTECTED,
+    Check,
+    Plan,
+    carefully,
+    cdb_length,
+    reply,
+)
 
 
 @dataclass
@@ -135,32 +112,24 @@ class Unit:
         """Remember why, for REQUEST SENSE."""
         self.sense, self.information = check.sense, check.information
 
-    def _ready(self) -> Medium:
+    def ready(self) -> Medium:
+        """The medium, if commands can reach it."""
         if self.medium is None:
             raise Check(*NO_MEDIUM)
         if self.stopped:
             raise Check(NOT_READY, 0x04, 0x02)
         return self.medium
 
-    def _writable(self) -> Medium:
-        medium = self._ready()
+    def writable(self) -> Medium:
+        """The medium, if it can be written."""
+        medium = self.ready()
         if self.protected or medium.read_only:
             raise Check(*WRITE_PROTECTED)
         return medium
 
-    def _range(self, lba: int, count: int) -> None:
-        if lba + count > self.blocks:
-            raise Check(*OUT_OF_RANGE)
-
-    def _broken(self, lba: int, count: int, asc: int) -> None:
-        """Check if one of these blocks is bad; the first bad one is the sense's information."""
-        for first, last in self.bad:
-            if lba <= last and first < lba + count:
-                raise Check(MEDIUM_ERROR, asc, 0, max(first, lba))
-
     def unit_ready(self, _cdb: bytes) -> Plan:
         """00."""
-        self._ready()
+        self.ready()
         return Plan()
 
     def request_sense(self, cdb: bytes) -> Plan:
@@ -171,7 +140,7 @@ class Unit:
             self.sense = NO_MEDIUM
         data = pages.sense(*self.sense, self.information, descriptors=bool(cdb[1] & 1))
         self.sense, self.information = (0, 0, 0), None
-        return _reply(data, cdb[4])
+        return reply(data, cdb[4])
 
     def inquiry(self, cdb: bytes) -> Plan:
         """12: what it is, and vital product data."""
@@ -181,7 +150,7 @@ class Unit:
         data = pages.vital(self, cdb[2]) if cdb[1] & 1 else pages.standard(self)
         if data is None:
             raise Check(*INVALID_FIELD)
-        return _reply(data, allocation)
+        return reply(data, allocation)
 
     def report_luns(self, cdb: bytes) -> Plan:
         """A0."""
@@ -189,23 +158,23 @@ class Unit:
         if allocation < 16 or cdb[2] > 2:
             raise Check(*INVALID_FIELD)
         luns = b"".join(struct.pack(">BB6x", 0, number) for number in range(self.units))
-        return _reply(struct.pack(">I4x", len(luns)) + luns, allocation)
+        return reply(struct.pack(">I4x", len(luns)) + luns, allocation)
 
     def read_capacity_10(self, cdb: bytes) -> Plan:
         """25."""
-        self._ready()
+        self.ready()
         if int.from_bytes(cdb[2:6], "big") and not cdb[8] & 1:
             raise Check(*INVALID_FIELD)
-        return _reply(struct.pack(">II", min(max(self.blocks - 1, 0), 0xFFFFFFFF), self.block_size), 8)
+        return reply(struct.pack(">II", min(max(self.blocks - 1, 0), 0xFFFFFFFF), self.block_size), 8)
 
     def service_action_in(self, cdb: bytes) -> Plan:
         """9E/10: READ CAPACITY(16)."""
         if cdb[1] & 0x1F != 0x10:
             raise Check(*INVALID_FIELD)
-        self._ready()
+        self.ready()
         provisioning = 0xC0 if self.trims else 0
         data = struct.pack(">QIBBBB16x", max(self.blocks - 1, 0), self.block_size, 0, 0, provisioning, 0)
-        return _reply(data, int.from_bytes(cdb[10:14], "big"))
+        return reply(data, int.from_bytes(cdb[10:14], "big"))
 
     def read_format_capacities(self, cdb: bytes) -> Plan:
         """23."""
@@ -213,7 +182,7 @@ class Unit:
             row = struct.pack(">II", 0xFFFFFFFF, 3 << 24 | self.block_size)
         else:
             row = struct.pack(">II", min(self.blocks, 0xFFFFFFFF), 2 << 24 | self.block_size)
-        return _reply(struct.pack(">3xB", len(row)) + row, int.from_bytes(cdb[7:9], "big"))
+        return reply(struct.pack(">3xB", len(row)) + row, int.from_bytes(cdb[7:9], "big"))
 
     def mode_sense(self, cdb: bytes) -> Plan:
         """1A and 5A."""
@@ -229,9 +198,9 @@ class Unit:
         flags = (0x80 if self.protected or (self.medium is not None and self.medium.read_only) else 0) | 0x10
         if ten:
             head = struct.pack(">HBBHH", 6 + len(descriptor) + len(body), 0, flags, 0, len(descriptor))
-            return _reply(head + descriptor + body, int.from_bytes(cdb[7:9], "big"))
+            return reply(head + descriptor + body, int.from_bytes(cdb[7:9], "big"))
         head = struct.pack(">BBBB", 3 + len(descriptor) + len(body), 0, flags, len(descriptor))
-        return _reply(head + descriptor + body, cdb[4])
+        return reply(head + descriptor + body, cdb[4])
 
     def mode_select(self, cdb: bytes) -> Plan:
         """15 and 55: the write cache can be switched."""
@@ -300,13 +269,13 @@ class Unit:
 
     def synchronize(self, cdb: bytes) -> Plan:
         """35 and 91: everything, whatever range is asked for."""
-        medium = self._ready()
+        medium = self.ready()
         size = 8 if cdb[0] == SYNCHRONIZE_16 else 4
         lba = int.from_bytes(cdb[2 : 2 + size], "big")
         count = int.from_bytes(cdb[10:14] if size == 8 else cdb[7:9], "big")
         if lba + count > self.blocks:
             raise Check(*OUT_OF_RANGE)
-        _carefully(medium.flush, 0x0C)
+        carefully(medium.flush, 0x0C)
         return Plan()
 
     def nothing(self, _cdb: bytes) -> Plan:
@@ -324,145 +293,21 @@ class Unit:
                 struct.pack(">BxHxBH", code, _ACTIONS.get(code, 0), code in _ACTIONS, cdb_length(code))
                 for code in sorted(_COMMANDS)
             )
-            return _reply(struct.pack(">I", len(rows)) + rows, allocation)
+            return reply(struct.pack(">I", len(rows)) + rows, allocation)
         if option > 3:
             raise Check(*INVALID_FIELD)
         code = cdb[3]
         if code not in _COMMANDS:
-            return _reply(bytes((0, 1, 0, 0)), allocation)
+            return reply(bytes((0, 1, 0, 0)), allocation)
         usage = bytes((code,)) + b"\xff" * (cdb_length(code) - 1)
-        return _reply(struct.pack(">BBH", 0, 3, len(usage)) + usage, allocation)
+        return reply(struct.pack(">BBH", 0, 3, len(usage)) + usage, allocation)
 
-    # --- blocks ---
-
-    def read_blocks(self, cdb: bytes) -> Plan:
-        """08, 28, A8, 88."""
-        medium = self._ready()
-        lba, count = _address(cdb)
-        self._limit(cdb, lba, count)
-        size = self.block_size
-        base = lba * size
-
-        def read(position: int, length: int) -> bytes:
-            if self.bad:
-                self._broken((base + position) // size, -(-length // size), 0x11)
-            return _carefully(lambda: medium.read(base + position, length), 0x11)
-
-        return Plan(to_host=count * size, read=read)
-
-    def write_blocks(self, cdb: bytes) -> Plan:
-        """0A, 2A, AA, 8A, 2E: whole blocks only, so that no unplug tears one."""
-        medium = self._writable()
-        lba, count = _address(cdb)
-        self._limit(cdb, lba, count)
-        through = not self.caching or (cdb[0] not in (WRITE_6, WRITE_VERIFY) and bool(cdb[1] & 8))
-        size = self.block_size
-        carry = b""
-
-        def write(position: int, data: bytes) -> None:
-            nonlocal carry
-            begin = lba * size + position - len(carry)
-            whole = carry + data if carry else data
-            used = len(whole) // size * size
-            carry = whole[used:]
-            if self.bad:
-                self._broken(begin // size, used // size, 0x0C)
-            part = whole if used == len(whole) else whole[:used]
-            _carefully(lambda: medium.write(begin, part, through=through), 0x0C)
-
-        return Plan(from_host=count * size, write=write)
-
-    def verify(self, cdb: bytes) -> Plan:
-        """2F, AF, 8F: that it can be read, or (BYTCHK) that it is the same."""
-        medium = self._ready()
-        lba, count = _address(cdb)
-        self._limit(cdb, lba, count)
-        self._broken(lba, count, 0x11)
-        check = cdb[1] >> 1 & 3
-        if check > 1:
-            raise Check(*INVALID_FIELD)
-        if not check:
-            return Plan()
-        base = lba * self.block_size
-
-        def compare(position: int, data: bytes) -> None:
-            if _carefully(lambda: medium.read(base + position, len(data)), 0x11) != data:
-                raise Check(MISCOMPARE, 0x1D, 0)
-
-        return Plan(from_host=count * self.block_size, write=compare)
-
-    def write_same(self, cdb: bytes) -> Plan:
-        """41 and 93: one block again and again, or (UNMAP) nothing."""
-        medium = self._writable()
-        lba, count = _address(cdb)
-        unmap = bool(cdb[1] & 8)
-        no_data = cdb[0] == WRITE_SAME_16 and bool(cdb[1] & 1)
-        if not count or count > _MAX_SAME or (unmap and not self.trims):
-            raise Check(*INVALID_FIELD)
-        self._range(lba, count)
-        block = bytearray()
-
-        def finish() -> None:
-            self._broken(lba, count, 0x0C)
-            pattern = bytes(block) or b"\0"
-            if len(pattern) not in (1, self.block_size):
-                raise Check(*INVALID_PARAMETER)
-            where = (lba * self.block_size, count * self.block_size)
-            if unmap and not any(pattern):
-                _carefully(lambda: medium.trim(*where), 0x0C)
-            else:
-                _carefully(lambda: medium.fill(*where, pattern), 0x0C)
-
-        return Plan(
-            from_host=0 if no_data else self.block_size,
-            write=lambda _position, data: block.extend(data),
-            finish=finish,
-        )
-
-    def unmap(self, cdb: bytes) -> Plan:
-        """42."""
-        medium = self._writable()
-        if not self.trims:
-            raise Check(*INVALID_OPCODE)
-        length = int.from_bytes(cdb[7:9], "big")
-        received = bytearray()
-
-        def finish() -> None:
-            if len(received) < 8:
-                if received:
-                    raise Check(ILLEGAL, 0x1A, 0)
-                return
-            rows = int.from_bytes(received[2:4], "big")
-            ranges = [struct.unpack_from(">QI", received, at) for at in range(8, min(8 + rows, len(received)) - 15, 16)]
-            if sum(count for _, count in ranges) > _MAX_UNMAP:
-                raise Check(*INVALID_PARAMETER)
-            for lba, count in ranges:
-                self._range(lba, count)
-            for lba, count in ranges:
-                if count:
-                    where = (lba * self.block_size, count * self.block_size)
-                    _carefully(lambda where=where: medium.trim(*where), 0x0C)  # type: ignore[misc]
-
-        return Plan(from_host=length, write=lambda _position, data: received.extend(data), finish=finish)
-
-    def _limit(self, cdb: bytes, lba: int, count: int) -> None:
-        if cdb[0] not in (READ_6, WRITE_6) and cdb[1] & 0xE0:
-            raise Check(*INVALID_FIELD)  # no protection information here
-        if self.max_transfer and count > self.max_transfer:
-            raise Check(*INVALID_FIELD)
-        self._range(lba, count)
-
-
-INQUIRY, REQUEST_SENSE, REPORT_LUNS = 0x12, 0x03, 0xA0
-READ_6, WRITE_6, WRITE_VERIFY = 0x08, 0x0A, 0x2E
-MODE_SENSE_10, MODE_SELECT_10 = 0x5A, 0x55
-SYNCHRONIZE_16, WRITE_SAME_16 = 0x91, 0x93
 
 _COMMANDS: dict[int, Callable[[Unit, bytes], Plan]] = {
     0x00: Unit.unit_ready,
     0x03: Unit.request_sense,
-    0x08: Unit.read_blocks,
-    0x0A: Unit.write_blocks,
+    0x08: scsi_blocks.read_blocks,
+    0x0A: scsi_blocks.write_blocks,
     0x0B: Unit.nothing,  # SEEK(6)
     0x12: Unit.inquiry,
     0x15: Unit.mode_select,
@@ -474,52 +319,26 @@ _COMMANDS: dict[int, Callable[[Unit, bytes], Plan]] = {
     0x1E: Unit.prevent_allow,
     0x23: Unit.read_format_capacities,
     0x25: Unit.read_capacity_10,
-    0x28: Unit.read_blocks,
-    0x2A: Unit.write_blocks,
+    0x28: scsi_blocks.read_blocks,
+    0x2A: scsi_blocks.write_blocks,
     0x2B: Unit.nothing,  # SEEK(10)
-    0x2E: Unit.write_blocks,
-    0x2F: Unit.verify,
+    0x2E: scsi_blocks.write_blocks,
+    0x2F: scsi_blocks.verify,
     0x35: Unit.synchronize,
-    0x41: Unit.write_same,
-    0x42: Unit.unmap,
+    0x41: scsi_blocks.write_same,
+    0x42: scsi_blocks.unmap,
     0x55: Unit.mode_select,
     0x5A: Unit.mode_sense,
-    0x88: Unit.read_blocks,
-    0x8A: Unit.write_blocks,
-    0x8F: Unit.verify,
+    0x88: scsi_blocks.read_blocks,
+    0x8A: scsi_blocks.write_blocks,
+    0x8F: scsi_blocks.verify,
     0x91: Unit.synchronize,
-    0x93: Unit.write_same,
+    0x93: scsi_blocks.write_same,
     0x9E: Unit.service_action_in,
     0xA0: Unit.report_luns,
     0xA3: Unit.report_opcodes,
-    0xA8: Unit.read_blocks,
-    0xAA: Unit.write_blocks,
-    0xAF: Unit.verify,
+    0xA8: scsi_blocks.read_blocks,
+    0xAA: scsi_blocks.write_blocks,
+    0xAF: scsi_blocks.verify,
 }
 _ACTIONS = {0x9E: 0x10, 0xA3: 0x0C}  # commands that are one of their service actions only
-
-
-def cdb_length(opcode: int) -> int:
-    """How many bytes a command has, by its group."""
-    return (6, 10, 10, 16, 16, 12)[opcode >> 5] if opcode < 0xC0 else 16
-
-
-def _address(cdb: bytes) -> tuple[int, int]:
-    """First block and number of blocks, of any of the four forms."""
-    match cdb_length(cdb[0]):
-        case 6:
-            return int.from_bytes(cdb[1:4], "big") & 0x1FFFFF, cdb[4] or 256
-        case 10:
-            return int.from_bytes(cdb[2:6], "big"), int.from_bytes(cdb[7:9], "big")
-        case 12:
-            return int.from_bytes(cdb[2:6], "big"), int.from_bytes(cdb[6:10], "big")
-        case _:
-            return int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[10:14], "big")
-
-
-def _carefully(call: Callable[[], T], asc: int) -> T:
-    """What the image's file refuses is a medium error."""
-    try:
-        return call()
-    except OSError:
-        raise Check(MEDIUM_ERROR, asc, 0) from None

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from udf.testing.devices.scsi import Unit
 
 RECOVERY, CACHING, EXCEPTIONS = 0x01, 0x08, 0x1C
-_MAX_UNMAP, _MAX_ROWS, _MAX_SAME = 1 << 22, 64, 1 << 16
+# The most blocks and descriptors of one UNMAP, and the most blocks of one WRITE SAME.
+MAX_UNMAP, MAX_ROWS, MAX_SAME = 1 << 22, 64, 1 << 16
 
 
 def sense(key: int, asc: int, ascq: int, information: int | None, *, descriptors: bool) -> bytes:
@@ -84,8 +85,8 @@ def _identification(unit: Unit) -> bytes:
 
 def _limits(unit: Unit) -> bytes:
     return struct.pack(
-        ">BBHIIIIIIIQ20x", 1, 0, 0, unit.max_transfer, 0, 0, _MAX_UNMAP if unit.trims else 0,
-        _MAX_ROWS if unit.trims else 0, 1 if unit.trims else 0, 0, _MAX_SAME,
+        ">BBHIIIIIIIQ20x", 1, 0, 0, unit.max_transfer, 0, 0, MAX_UNMAP if unit.trims else 0,
+        MAX_ROWS if unit.trims else 0, 1 if unit.trims else 0, 0, MAX_SAME,
     )  # fmt: skip
 
 

@@ -16,10 +16,12 @@ from enum import Enum
 from typing import Any
 
 from udf.errors import UserError
-from udf.testing.devices import scsi, scsi_pages
+from udf.testing.devices import scsi_pages
 from udf.testing.devices.device import Device, Option, number, yes_no
 from udf.testing.devices.layout import BulkIn, BulkOut, Configuration, Interface
 from udf.testing.devices.medium import Medium
+from udf.testing.devices.scsi import Unit
+from udf.testing.devices.scsi_words import INQUIRY, LUN_UNKNOWN, REQUEST_SENSE, Check, Plan
 from udf.testing.devices.transfers import Nak, Setup, Stall
 
 log = logging.getLogger("udf.devices")
@@ -97,22 +99,22 @@ class Storage(Device):
         self._stall_max_lun = stall_max_lun
         self._phase = Phase.COMMAND
         self._tag = 0
-        self._unit: scsi.Unit | None = None
-        self._plan = scsi.Plan()
+        self._unit: Unit | None = None
+        self._plan = Plan()
         self._wanted = 0  # dCBWDataTransferLength
         self._done = 0  # bytes that were moved and count
         self._passed = 0  # bytes that the host has sent
         self._status = PASSED
         self._reads = False  # the host wants data
         self._csw: bytes | None = None
-        self.units: list[scsi.Unit] = []
+        self.units: list[Unit] = []
         try:
             for index, each in enumerate(files):
                 medium = None
                 if each or (index == 0 and size):
                     medium = self._open(each or None, size if index == 0 else 0)
                 self.units.append(
-                    scsi.Unit(
+                    Unit(
                         number=index,
                         medium=medium,
                         vendor=self.manufacturer or "",
@@ -222,7 +224,7 @@ class Storage(Device):
     def _begin(self) -> None:
         self._phase = Phase.COMMAND
         self._csw = None
-        self._plan = scsi.Plan()
+        self._plan = Plan()
 
     def _break(self) -> None:
         """Clause 6.6.1: whatever the host clears, nothing works before Reset Recovery."""
@@ -261,27 +263,27 @@ class Storage(Device):
             else:
                 self._finish(self._status)  # case 1
 
-    def _execute(self, cdb: bytes) -> scsi.Plan:
+    def _execute(self, cdb: bytes) -> Plan:
         if self._unit is None:
             return self._absent(cdb)
         try:
             return self._unit.execute(cdb)
-        except scsi.Check as check:
+        except Check as check:
             self._fail(check)
-            return scsi.Plan()
+            return Plan()
 
-    def _absent(self, cdb: bytes) -> scsi.Plan:
+    def _absent(self, cdb: bytes) -> Plan:
         """A logical unit that is not there still says so."""
         data = b""
-        if cdb[0] == scsi.INQUIRY:
+        if cdb[0] == INQUIRY:
             data = scsi_pages.unknown()[: int.from_bytes(cdb[3:5], "big")]
-        elif cdb[0] == scsi.REQUEST_SENSE:
-            data = scsi_pages.sense(*scsi.LUN_UNKNOWN, None, descriptors=bool(cdb[1] & 1))[: cdb[4]]
+        elif cdb[0] == REQUEST_SENSE:
+            data = scsi_pages.sense(*LUN_UNKNOWN, None, descriptors=bool(cdb[1] & 1))[: cdb[4]]
         else:
             self._status = FAILED
-        return scsi.Plan(to_host=len(data), read=lambda position, size: data[position : position + size])
+        return Plan(to_host=len(data), read=lambda position, size: data[position : position + size])
 
-    def _fail(self, check: scsi.Check) -> None:
+    def _fail(self, check: Check) -> None:
         self._status = FAILED
         if self._unit is not None:
             self._unit.failed(check)
@@ -292,7 +294,7 @@ class Storage(Device):
         assert self._plan.read is not None
         try:
             data = self._plan.read(self._done, size)
-        except scsi.Check as check:
+        except Check as check:
             self._fail(check)
             self._finish(FAILED)
             self.halt(_IN)
@@ -316,7 +318,7 @@ class Storage(Device):
         if part and self._status == PASSED:
             try:
                 self._plan.write(self._done, part)
-            except scsi.Check as check:
+            except Check as check:
                 self._fail(check)
             else:
                 self._done += len(part)
@@ -343,7 +345,7 @@ class Storage(Device):
         if self._plan.finish is not None and self._done == self._plan.from_host:
             try:
                 self._plan.finish()
-            except scsi.Check as check:
+            except Check as check:
                 self._fail(check)
 
     def _refuse(self, status: int) -> None:
