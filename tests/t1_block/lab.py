@@ -199,6 +199,7 @@ def nbdkit(*arguments: str) -> Iterator[Path]:
         path, pid = directory / "nbdkit.sock", directory / "pid"
         os.mkfifo(pid)
         process = subprocess.Popen(["nbdkit", "-f", "-U", str(path), "-P", str(pid), *arguments])
+        (directory / "number").write_text(str(process.pid))
         try:
             _wait_for_fifo(pid, process)
             yield path
