@@ -20,7 +20,7 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
-from udf.usb.client import Connection, Transfer
+from udf.usb.client import Transfer
 from udf.usb.errors import Failure, usb_error
 
 if TYPE_CHECKING:
@@ -60,11 +60,6 @@ class Transfers:
         self._connection = backend.connection
         self._limiter = trio.CapacityLimiter(MAX_WORKERS)
         self.gone = Gone(backend)
-
-    @property
-    def connection(self) -> Connection:
-        """What is below: for a driver with a thread of its own that has several transfers under way at once."""
-        return self._connection
 
     async def control_in(
         self,
