@@ -54,8 +54,8 @@ class NotUsable(Exception):
 class Asker(Protocol):
     """The part of a LogicalUnit that asks."""
 
-    def demand(self, command: Command) -> bytes:
-        """The answer to a question that every device must know; an OSError without it."""
+    def demand(self, command: Command, least: int) -> bytes:
+        """The answer, of so many bytes at least, to a question that every device must know; an OSError without it."""
 
     def ask(self, command: Command) -> bytes | None:
         """The answer to one that it need not know."""
@@ -66,7 +66,7 @@ class Asker(Protocol):
 
 def facts_of(unit: Asker) -> Facts | None:
     """Ask a unit for everything that is needed to serve it. None: this LUN has no blocks."""
-    who = scsi.parse_inquiry(unit.demand(scsi.inquiry()))
+    who = scsi.parse_inquiry(unit.demand(scsi.inquiry(), 5))
     if who is None or not who.is_present:
         return None
     name = " ".join(filter(None, (who.vendor, who.product))) or "a disk without a name"
@@ -115,7 +115,10 @@ def size_refusal(capacity: Capacity | None) -> str:
 
 
 def _capacity(unit: Asker, who: Inquiry) -> Capacity | None:
-    short = scsi.parse_capacity_10(unit.ask(scsi.read_capacity_10()) or b"")
+    try:
+        short = scsi.parse_capacity_10(unit.demand(scsi.read_capacity_10(), 8))
+    except OSError:
+        short = None  # very large ones know the other question only
     if short is not None and short.blocks <= scsi.MAX_32 and who.version < SPC_3:
         return short
     long = scsi.parse_capacity_16(unit.ask(scsi.read_capacity_16()) or b"")

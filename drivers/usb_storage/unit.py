@@ -166,16 +166,20 @@ class LogicalUnit:
 
     # ---- questions (probe.Asker)
 
-    def demand(self, command: Command) -> bytes:
-        """The answer to a question that every device must know."""
+    def demand(self, command: Command, least: int) -> bytes:
+        """The answer, of so many bytes at least, to a question that every device must know."""
         buffer = bytearray(command.length)
-        return bytes(buffer[: self.execute(command, QUICK, memoryview(buffer))])
+        for _ in range(1 + MAX_RETRIES):
+            moved = self.execute(command, QUICK, memoryview(buffer))
+            if moved >= least:
+                return bytes(buffer[:moved])
+        raise Failed(errno.EIO, f"{command.name}: the device answers {moved} bytes, and {least} are the least")
 
     def ask(self, command: Command) -> bytes | None:
         """The answer to a question that the device need not know; None if it has none."""
         buffer = bytearray(command.length)
         try:
-            return bytes(buffer[: self.execute(command, OPTIONAL, memoryview(buffer), faults=0)])
+            return bytes(buffer[: self.execute(command, OPTIONAL, memoryview(buffer), faults=1)])
         except Failed as exc:
             if exc.action in (Action.EMPTY, Action.CHANGED):
                 raise
