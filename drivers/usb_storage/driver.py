@@ -150,7 +150,8 @@ class UsbStorage(UsbDriver):
     # ---- what of the device is used
 
     def _pipes(self) -> Pipes:
-        return Queued(self.device, self.usb.connection) if self._queues else OneByOne(self.device)
+        connection = getattr(self.device.backend, "connection", None) if self._queues else None
+        return OneByOne(self.device) if connection is None else Queued(self.device, connection)
 
     def _endpoints(self) -> tuple[int, int, int, int]:
         """The interface, its bulk endpoints, and to how many bytes commands are filled up."""

@@ -66,7 +66,7 @@ def opened(cls: type, plugged: Plugged, *, interface: int | None = None, **optio
         driver.__init__(**options)
         yield driver
     finally:
-        transfers.connection.close()
+        device.backend.connection.close()
         uninstall()
 
 

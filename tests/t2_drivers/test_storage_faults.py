@@ -168,7 +168,7 @@ async def test_a_generation_that_died_in_the_middle_of_a_command_is_followed_by_
         with lab.opened(lab.UsbStorage, plugged) as driver:
             cbw = wire.pack_cbw(1, 4096, cdb[0] == 0x28, 0, cdb)
             for index, length in enumerate(lengths):
-                pending = driver.usb.connection.submit(2, cbw[:length] if not index else bytes(length))
+                pending = driver.device.backend.connection.submit(2, cbw[:length] if not index else bytes(length))
                 await trio.to_thread.run_sync(ended, pending)
         async with lab.started(lab.UsbStorage, plugged) as driver:
             unit = (await driver.units())[""]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT, make_runtime_dir, mounts_below
 from udf.supervisor.client import Connection
-from udf.testing.devices import Emulator
+from udf.testing.devices import BulkIn, Configuration, Device, Emulator, Interface
 from udf.testing.devices.loopback import Loopback
 from udf.testing.devices.thermometer import Thermometer
 
@@ -103,8 +103,11 @@ class Lab:
 
 
 @contextlib.contextmanager
-def running_lab(home: Path, directory: Path, *arguments: str | Path) -> Iterator[Lab]:
+def running_lab(
+    home: Path, directory: Path, *arguments: str | Path, before: Callable[[Lab], object] = lambda _: None
+) -> Iterator[Lab]:
     lab = Lab(home)
+    before(lab)
     with running_daemon(directory, "--rules", lab.rules, *arguments, HOME=str(home)) as lab.daemon:
         yield lab
     assert not mounts_below(directory)
@@ -351,6 +354,96 @@ def test_devices_of_another_server_come_by_usbip(tmp_path: Path, runtime_dir: Pa
             while len(lab.devices()) != 1:
                 assert time.monotonic() < until, lab.devices()
             assert not mounts_below(lab.dev)
+
+
+class Pair(Device):
+    """Two sensors in one case: an interface for each, and a third one that belongs to the second."""
+
+    vendor, product = 0x1209, 0x0002
+    configurations = [
+        Configuration(
+            [
+                Interface(0xFF, 1, 0, endpoints=[BulkIn(1)]),
+                Interface(0xFF, 2, 0, endpoints=[BulkIn(2)]),
+                Interface(0xFF, 9, 0, endpoints=[BulkIn(3)]),
+            ]
+        )
+    ]
+
+    def on_in(self, endpoint: int, length: int) -> bytes:
+        return b"from%2d" % (endpoint & 0x0F)
+
+
+def test_the_interfaces_of_a_composite_device_have_drivers_of_their_own(tmp_path: Path, runtime_dir: Path) -> None:
+    def install(lab: Lab) -> None:
+        for name, subclass, endpoint in (("one", 1, 1), ("two", 2, 3)):
+            text = THERMOMETER.format(name=name.title(), match=f"class = 0xff, subclass = {subclass}", more="")
+            text = text[: text.index("        raw = ")] + f"        return await self.usb.read({endpoint}, 512)\n"
+            (lab.drivers / f"{name}.py").write_text(text)
+
+    with Emulator(listen=("127.0.0.1", 0)) as emulator:
+        assert emulator.address is not None
+        plugged = emulator.plug(Pair())
+        address = f"127.0.0.1:{emulator.address[1]}"
+        with running_lab(tmp_path / "home", runtime_dir, "--usbip", address, before=install) as lab:
+            until = time.monotonic() + 15
+            while [row["state"] for row in lab.devices()] != ["bound"]:
+                assert time.monotonic() < until, (lab.devices(), lab.daemon.text())
+            (row,) = lab.devices()
+            assert {each["name"]: each["interface"] for each in row["instances"]} == {"one0": 0, "two0": 1}
+            for _ in range(3):
+                assert read(lab.dev / "one0/celsius") == "from 1"
+                assert read(lab.dev / "two0/celsius") == "from 3"
+                pid = next(row["driver_pid"] for row in lab.daemon.udf.mounts() if row["name"] == "one0")
+                os.kill(pid, signal.SIGKILL)
+            assert "interface 1: two serves it as two0" in lab.daemon.udf.done("why", "1209:0002")
+            emulator.unplug(plugged)
+            until = time.monotonic() + 15
+            while lab.devices():
+                assert time.monotonic() < until, lab.devices()
+
+
+class Hostile(Device):
+    """Its descriptors are whatever came out of the random numbers."""
+
+    vendor, product = 0x1209, 0x0003
+    configurations = [Configuration([Interface(0xFF, endpoints=[BulkIn(1)])])]
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(serial="\0\u202e" * seed)
+        chance = random.Random(seed)
+        good = bytearray(super().configuration_descriptor(0) or b"")
+        for _ in range(seed % 7):
+            good[chance.randrange(len(good))] = chance.choice([0, 1, 9, 255, chance.randrange(256)])
+        self.said = bytes(good) * chance.choice([1, 1, 3, 500])
+
+    def configuration_descriptor(self, index: int) -> bytes | None:
+        return self.said if index == 0 else None
+
+
+def test_hostile_descriptors_hurt_nobody_else(tmp_path: Path, runtime_dir: Path) -> None:
+    def install(lab: Lab) -> None:
+        lab.driver()
+        lab.driver("greedy", "any = true")
+        lab.driver("vendor", "class = 0xff")
+
+    with Emulator(listen=("127.0.0.1", 0)) as emulator:
+        assert emulator.address is not None
+        address = f"127.0.0.1:{emulator.address[1]}"
+        with running_lab(tmp_path / "home", runtime_dir, "--usbip", address, before=install) as lab:
+            lab.plug(*MODEL, "--name", "good")
+            for seed in range(40):
+                emulator.plug(Hostile(seed))
+            until = time.monotonic() + 60
+            while len(rows := lab.devices()) != 41 or any(row["state"] in ("starting", "ending") for row in rows):
+                assert time.monotonic() < until, [(row["state"], row["text"]) for row in rows]
+                assert read(lab.dev / "probe0/celsius") == " 21.50"
+            assert "our own mistake" not in lab.daemon.text()
+            assert lab.device("good")["state"] == "bound"
+            emulator.stop()
+            until = time.monotonic() + 30
+            while len(lab.devices()) != 1:
+                assert time.monotonic() < until, lab.devices()
 
 
 def test_the_end_of_the_daemon_ends_everything(tmp_path: Path, runtime_dir: Path) -> None:

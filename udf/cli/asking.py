@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from udf.errors import UserError
 from udf.supervisor import client
@@ -28,16 +28,41 @@ def all_supervisors(path: str | None) -> Iterator[client.Connection]:
     return itertools.chain([first], connections)
 
 
-def find_supervisor_of(mountpoint: str, path: str | None) -> client.Connection | None:
-    """The supervisor that serves a mountpoint; NoSupervisorError only for a socket that was asked for."""
-    for connection in client.supervisors(path):
-        try:
-            if connection.call("Status", mountpoint=mountpoint)["mounts"]:
-                return client.Connection(connection.path)
-        except client.ControlError as error:
-            if error.name not in ("NotFound", "Disconnected"):
-                raise
+class Meant(NamedTuple):
+    """What a MOUNT on the command line means: a supervisor, and how that is told which one of its own."""
+
+    connection: client.Connection
+    which: dict[str, str]  # by mountpoint or by name
+    mountpoint: str
+
+
+def find_meant(text: str, path: str | None) -> Meant | None:
+    """Whose mount (or device) that is, by its place or, without a slash in it, by its name. None: nobody's of us.
+
+    NoSupervisorError only for a socket that was asked for.
+    """
+    ways = [{"mountpoint": absolute_mountpoint(text)}]
+    if "/" not in text:
+        ways.append({"name": text})
+    for which in ways:
+        for connection in client.supervisors(path):
+            try:
+                mounts = connection.call("Status", **which)["mounts"]
+            except client.ControlError as error:
+                if error.name not in ("NotFound", "Disconnected"):
+                    raise
+                continue
+            if mounts:
+                return Meant(client.Connection(connection.path), which, str(mounts[0]["mountpoint"]))
     return None
+
+
+def meant(text: str, path: str | None) -> Meant:
+    """The same; UserError if it is nobody's of us."""
+    found = find_meant(text, path)
+    if found is None:
+        raise not_ours(absolute_mountpoint(text))
+    return found
 
 
 def not_ours(mountpoint: str) -> UserError:

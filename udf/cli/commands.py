@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 from udf.cli import devices, recovering, show
 from udf.cli.asking import (
+    Meant,
     Row,
     absolute,
     absolute_mountpoint,
     all_supervisors,
-    find_supervisor_of,
+    find_meant,
+    meant,
     not_ours,
     options_of,
 )
@@ -102,21 +104,22 @@ def _source_kind(source: str) -> str:
 
 def umount(arguments: argparse.Namespace) -> int:
     """`udf umount`: whichever supervisor has the mount does it."""
-    mountpoint = absolute_mountpoint(arguments.mountpoint)
-    connection = find_supervisor_of(mountpoint, arguments.socket)
-    if connection is None:
+    found = find_meant(arguments.mountpoint, arguments.socket)
+    mountpoint = absolute_mountpoint(arguments.mountpoint) if found is None else found.mountpoint
+    if found is None:
         _clean_stale(mountpoint)
     else:
-        _ask_to_unmount(connection, mountpoint, arguments.lazy)
+        _ask_to_unmount(found, arguments.lazy)
     if arguments.json:
         show.as_json({"mountpoint": mountpoint})
     return 0
 
 
-def _ask_to_unmount(connection: client.Connection, mountpoint: str, lazy: bool) -> None:
-    with connection:
+def _ask_to_unmount(found: Meant, lazy: bool) -> None:
+    mountpoint = found.mountpoint
+    with found.connection:
         try:
-            connection.call("Unmount", mountpoint=mountpoint, lazy=lazy or None)
+            found.connection.call("Unmount", **found.which, lazy=lazy or None)
         except client.ControlError as error:
             if error.name != "Busy":
                 raise
@@ -177,7 +180,7 @@ def _status_row(row: Row) -> tuple[object, ...]:
         state,
         row["driver"],
         row["mountpoint"],
-        row["source"] or "-",
+        row["source"] or row.get("device") or "-",
         row["generation"],
         row["restarts_left"],
         row["durability"],
@@ -256,13 +259,10 @@ def _print_events(replies: Iterator[Row], as_json: bool) -> None:
 
 def trace(arguments: argparse.Namespace) -> int:
     """`udf trace`: every request of one mount until Ctrl-C or its end."""
-    mountpoint = absolute_mountpoint(arguments.mountpoint)
-    connection = find_supervisor_of(mountpoint, arguments.socket)
-    if connection is None:
-        raise not_ours(mountpoint)
+    connection, which, _ = meant(arguments.mountpoint, arguments.socket)
     with connection:
         try:
-            _print_operations(connection.stream("Trace", mountpoint=mountpoint), arguments.json)
+            _print_operations(connection.stream("Trace", **which), arguments.json)
         except client.ControlError as error:
             if error.name != "Disconnected" or not connection.info.get("private"):
                 raise  # a private supervisor ends with its mount, and so does the trace

@@ -11,16 +11,16 @@ import time
 from collections.abc import Iterator
 
 from udf.cli import show
-from udf.cli.asking import Row, absolute_mountpoint, all_supervisors, find_supervisor_of, not_ours
+from udf.cli.asking import Row, all_supervisors, meant
 from udf.errors import UserError
 from udf.supervisor import client
 
 
 def restart(arguments: argparse.Namespace) -> int:
     """`udf restart`: a new generation of the driver."""
-    mountpoint = absolute_mountpoint(arguments.mountpoint)
-    with _supervisor_of(mountpoint, arguments.socket) as connection:
-        answer = connection.call("Restart", mountpoint=mountpoint)
+    connection, which, mountpoint = meant(arguments.mountpoint, arguments.socket)
+    with connection:
+        answer = connection.call("Restart", **which)
     if arguments.json:
         show.as_json({"mountpoint": mountpoint, **answer})
     return 0
@@ -67,9 +67,9 @@ def hung(arguments: argparse.Namespace) -> int:
 def _abort(arguments: argparse.Namespace) -> int:
     if arguments.mountpoint is None:
         raise UserError("say on which mount the request waits: udf hung MOUNT --abort ID")
-    mountpoint = absolute_mountpoint(arguments.mountpoint)
-    with _supervisor_of(mountpoint, arguments.socket) as connection:
-        connection.call("Abort", mountpoint=mountpoint, request=arguments.abort)
+    connection, which, mountpoint = meant(arguments.mountpoint, arguments.socket)
+    with connection:
+        connection.call("Abort", **which, request=arguments.abort)
     if arguments.json:
         show.as_json({"mountpoint": mountpoint, "request": arguments.abort})
     return 0
@@ -117,9 +117,9 @@ def _report_lines(report: Row) -> Iterator[str]:
 def _ask(method: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """The answers of the supervisor of one mount, or of all supervisors."""
     if arguments.mountpoint is not None:
-        mountpoint = absolute_mountpoint(arguments.mountpoint)
-        with _supervisor_of(mountpoint, arguments.socket) as connection:
-            yield connection.call(method, mountpoint=mountpoint)
+        connection, which, _ = meant(arguments.mountpoint, arguments.socket)
+        with connection:
+            yield connection.call(method, **which)
         return
     for connection in all_supervisors(arguments.socket):
         try:
@@ -127,10 +127,3 @@ def _ask(method: str, arguments: argparse.Namespace) -> Iterator[Row]:
         except client.ControlError as error:
             if error.name != "Disconnected" or arguments.socket:
                 raise  # a private supervisor may end between the look and the question
-
-
-def _supervisor_of(mountpoint: str, path: str | None) -> client.Connection:
-    connection = find_supervisor_of(mountpoint, path)
-    if connection is None:
-        raise not_ours(mountpoint)
-    return connection

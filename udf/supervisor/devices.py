@@ -1,8 +1,8 @@
 """All devices of one daemon: its buses, what is bound to what, and what the operator asks of them.
 
 Owns: the buses, and the answers for `udf devices`, `udf why`, `udf plug` and their like. Must never: decide which
-driver a device gets (udf.usb.matching does) or when (binder.py does), or put a text of a device into a path or an answer
-as it came. Called by: daemon.py, devicecalls.py.
+driver a device gets (udf.usb.matching does) or when (binder.py does), or put a device's text into a path or an answer
+as it is. Called by: daemon.py, devicecalls.py.
 """
 
 from __future__ import annotations
@@ -209,7 +209,15 @@ class Devices:
                 broken = [t.endpoint for t in tenants if t.endpoint and t.endpoint.instance.state is State.FAILED]
                 if broken:
                     return "failed", broken[0].instance.text
-                return "bound", verdict.text
+                served = {tenant.binding.interface for tenant in tenants}
+                late = [each.driver.name for each in verdict.bindings if each.interface not in served]
+                waits = (
+                    f"; {', '.join(late)} can have its interface at the next plug"
+                    if late and None not in served
+                    else ""
+                )
+                names = ", ".join(tenant.binding.driver.name for tenant in tenants)
+                return "bound", f"{names}{waits}"
             return "starting", f"{tenants[0].binding.driver.name} starts"
         for driver, _, text, again in self.binder.failures_of(known.facts.key):
             after = (

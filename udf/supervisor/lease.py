@@ -40,6 +40,12 @@ class Lease(ABC):
         self.gone = False
         self._listeners: list[Callable[[], None]] = []
 
+    @property
+    def name(self) -> str:
+        """The device in a few words, for people; it may quote the device."""
+        product = " ".join(filter(None, (self.spec.manufacturer, self.spec.product)))
+        return f"{product} ({self.spec.port})" if product else self.spec.port or self.spec.key
+
     @abstractmethod
     async def open(self) -> socket.socket:
         """A new connection for one generation, the caller's own; DeviceGone, or an OSError (EBUSY: try again)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 
@@ -47,18 +47,19 @@ class BusLease(Lease):
 class SharedLease(Lease):
     """One interface of a device whose other interfaces others have."""
 
-    def __init__(self, device: _SharedDevice, spec: BusDevice, interface: int) -> None:
-        super().__init__(spec.spec(interface))
-        self._device = device
+    def __init__(self, shared: _SharedDevice, device: BusDevice, interface: int, along: Collection[int]) -> None:
+        super().__init__(device.spec(interface))
+        self._shared = shared
         self._interface = interface
+        self._along = along
 
     async def open(self) -> socket.socket:
         """A connection for one generation, to its interface only."""
-        return await self._device.connect(self._interface)
+        return await self._shared.connect(self._interface, self._along)
 
     def close(self) -> None:
         """The last one closes the device's connection."""
-        self._device.let_go()
+        self._shared.let_go()
 
 
 class _SharedDevice:
@@ -72,19 +73,19 @@ class _SharedDevice:
         self._share: Share | None = None
         self._opening = trio.Lock()
 
-    async def connect(self, interface: int) -> socket.socket:
+    async def connect(self, interface: int, along: Collection[int]) -> socket.socket:
         """A connection to an interface; DeviceGone, or an OSError (EBUSY: try again)."""
         async with self._opening:
             if self._share is not None:
                 try:
-                    return self._share.connect(interface)
+                    return self._share.connect(interface, along)
                 except OSError as exc:
                     if exc.errno != errno.ENODEV:
                         raise
                 self._drop()  # its connection has ended; whether the device has gone too, the bus knows
             connection = await self._bus.open(self._device.key)
             self._share = Share(connection, self._device.spec())
-            return self._share.connect(interface)
+            return self._share.connect(interface, along)
 
     def let_go(self) -> None:
         """One lease less."""
@@ -117,6 +118,6 @@ class Leases:
                 self._shared = {key: each for key, each in self._shared.items() if each.leases}
                 whole = self._shared[facts.key] = _SharedDevice(bus, device, self._nursery)
             whole.leases += 1
-            return SharedLease(whole, device, binding.interface)
+            return SharedLease(whole, device, binding.interface, binding.along)
 
         return make

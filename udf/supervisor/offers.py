@@ -25,6 +25,7 @@ from udf.usb.rules import NO_RULES, Rules, read_rules, rules_files
 LOOK = 30.0  # for what inotify does not tell
 SETTLE = 0.02  # an editor or an installer does several things at once
 MAX_PACKAGES = 200
+MAX_REWATCH = 3
 
 log = logging.getLogger("udf.offers")
 
@@ -52,8 +53,12 @@ class Offers:
         """Read, say `started`, and read again after every change."""
         with FileWatch() as watch:
             while True:
-                watch.watch(self._directories())  # before it is read: what changes meanwhile is read again
-                await self._read()
+                for _ in range(MAX_REWATCH):
+                    directories = self._directories()
+                    watch.watch(directories)  # before it is read: what changes meanwhile is read again
+                    await self._read()
+                    if directories == self._directories():
+                        break  # else what was read asks for more to be watched: the directories of a missing program
                 task_status.started()
                 task_status = trio.TASK_STATUS_IGNORED
                 with trio.move_on_after(LOOK):

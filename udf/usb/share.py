@@ -18,7 +18,7 @@ import selectors
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,8 +47,8 @@ class _Port:
 
     sock: socket.socket
     interface: int
-    function: frozenset[int]  # the interfaces that belong together with it
-    endpoints: frozenset[int]  # addresses of these, in all settings
+    interfaces: frozenset[int]  # that one, and those that come along with it
+    endpoints: frozenset[int]  # addresses of its interfaces, in all settings
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
     sent: dict[int, int] = field(default_factory=dict)  # its numbers of what is under way -> those upstream
@@ -90,19 +90,20 @@ class Share:
 
     # ---- from any thread
 
-    def connect(self, interface: int) -> socket.socket:
+    def connect(self, interface: int, along: Collection[int] = ()) -> socket.socket:
         """A connection for the driver of this interface. OSError: EBUSY if there is one, ENOENT, ENODEV.
 
-        When the driver before has ended, what it had asked for is taken back before the new one is listened to.
+        `along` are interfaces that belong to it, such as the data interface of a serial port. When the driver before
+        has ended, what it had asked for is taken back before the new one is listened to.
         """
         numbers = {each.number for each in self._active.all_interfaces()} if self._active is not None else set()
         if self._active is None or interface not in numbers:
             raise OSError(errno.ENOENT, f"the device has no interface {interface}")
-        function = self._active.function(interface)
+        interfaces = frozenset({interface, *along})
         endpoints = frozenset(
             endpoint.address
             for each in self._active.all_interfaces()
-            if each.number in function
+            if each.number in interfaces
             for endpoint in each.endpoints
         )
         with self._lock:
@@ -113,7 +114,7 @@ class Share:
                 raise OSError(errno.EBUSY, f"interface {interface} is in use")
             theirs, ours = socket.socketpair()
             ours.setblocking(False)
-            port = _Port(ours, interface, function, endpoints)
+            port = _Port(ours, interface, interfaces, endpoints)
             self._ports[interface] = port
             self._new.append(port)
             os.eventfd_write(self._wake, 1)
@@ -281,7 +282,7 @@ class Share:
             same = request == _SET_CONFIGURATION and self._active is not None and value == self._active.value
             return 0 if same else -errno.EPIPE
         if recipient == 1:
-            return None if index & 0xFF in port.function else -errno.EPIPE
+            return None if index & 0xFF in port.interfaces else -errno.EPIPE
         if recipient == 2:
             # Endpoint 0 is everybody's to look at, and nobody's to change.
             mine = index & 0xFF in port.endpoints or (not index & 0x7F and bool(request_type & 0x80))
