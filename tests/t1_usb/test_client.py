@@ -13,7 +13,7 @@ import pytest
 import usb.core
 
 from tests.t1_usb.peer import Answer, echo, scripted, silent
-from udf.usb import client, usbip
+from udf.usb import client, table, usbip
 
 LIE = b"\xee" * usbip.URB_SIZE
 
@@ -316,7 +316,7 @@ def test_too_much_is_refused_before_anything_is_sent() -> None:
 
 
 def test_the_number_of_transfers_under_way_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "MAX_PENDING", 3)
+    monkeypatch.setattr(table, "MAX_PENDING", 3)
     with scripted(silent) as (connection, _):
         for _ in range(3):
             connection.submit(0x81, 1)

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
         *("udf.testing", "udf.supervisor", "udf.driver.memory", "udf.errors", "udf.messages", "udf.fuse"),
         "udf.usb",
     ),
+    "udf.testing.usb_conformance": ("udf.testing.devices", "udf.usb", "udf.errors"),
     "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("udf.fuse",),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),

@@ -17,7 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import usb.backend
 import usb.backend.libusb0
@@ -28,9 +28,10 @@ import usb.core
 from udf.errors import ContractError
 from udf.messages import DeviceSpec
 from udf.usb import usbip
-from udf.usb.client import Buffer, Connection
+from udf.usb.client import Connection
 from udf.usb.descriptors import INTERRUPT, ISOCHRONOUS, Configuration, Endpoint, parse_configuration, parse_device
 from udf.usb.errors import Failure, usb_error
+from udf.usb.urb import Buffer
 
 STANDARD_TIMEOUT = 5000  # milliseconds for a standard request: USB_CTRL_SET_TIMEOUT
 MAX_CONTROL = 4096  # libusb's MAX_CTRL_BUFFER_LENGTH on Linux
@@ -57,6 +58,14 @@ class _Handle:
         self.closed = False
 
 
+class _Known(NamedTuple):
+    """An endpoint that can be used now."""
+
+    interface: int
+    endpoint: Endpoint
+    interval: int
+
+
 class Backend(usb.backend.IBackend):  # type: ignore[misc]
     """The one device behind a connection."""
 
@@ -74,7 +83,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
         self._owners: dict[int, _Handle] = {}
         self._configuration = spec.configuration
         self._alternates: dict[int, int] = {}
-        self._endpoints: dict[int, tuple[int, Endpoint]] = {}
+        self._endpoints: dict[int, _Known] = {}  # of the active configuration and settings
         self._find_endpoints()
 
     # ---- what the device is
@@ -268,7 +277,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
     def _find_endpoints(self) -> None:
         active = self._active()
         self._endpoints = {
-            endpoint.address: (interface.number, endpoint)
+            endpoint.address: _Known(interface.number, endpoint, self._interval(endpoint))
             for interface in (active.all_interfaces() if active is not None else ())
             if interface.alternate == self._alternates.get(interface.number, 0)
             for endpoint in interface.endpoints
@@ -288,31 +297,30 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
     intr_read = iso_read = bulk_read
 
     def _transfer(self, handle: _Handle, address: int, data: Buffer, timeout: int) -> int:
-        endpoint = self._endpoint(handle, address)
+        known = self._endpoints.get(address)
+        if known is None or known.interface not in handle.claimed:
+            known = self._checked(handle, address)
+        if known.endpoint.type != ISOCHRONOUS:
+            return self._connection.move(address, data, timeout, known.interval)
+        lengths = _packet_lengths(memoryview(data).nbytes, known.endpoint.packet_bytes)
         seconds = timeout / 1000 if timeout else None
-        if endpoint.type == ISOCHRONOUS:
-            lengths = _packet_lengths(memoryview(data).nbytes, endpoint.packet_bytes)
-            done = self._connection.transfer(
-                address, data, timeout=seconds, interval=self._interval(endpoint), packets=lengths
-            )
-            return sum(actual for actual, _ in done.packets)
-        interval = self._interval(endpoint) if endpoint.type == INTERRUPT else 0
-        return self._connection.submit(address, data, interval=interval).wait(seconds)
+        done = self._connection.transfer(address, data, timeout=seconds, interval=known.interval, packets=lengths)
+        return sum(actual for actual, _ in done.packets)
 
-    def _endpoint(self, handle: _Handle, address: int) -> Endpoint:
-        """It must exist, and its interface must not be another's; the kernel claims silently what nobody has."""
-        found = self._endpoints.get(address)
-        if found is not None and found[0] in handle.claimed:
-            return found[1]
+    def _checked(self, handle: _Handle, address: int) -> _Known:
+        """The endpoint must exist and its interface not be another's; the kernel claims silently what nobody has."""
         with self._lock:
             self._check(handle)
+            known = self._endpoints.get(address)
             # libusb knows no better word for what usbfs says to a URB that it does not take (ENOENT, EBUSY).
-            if found is None or self._claim(handle, found[0]) is not None:
+            if known is None or self._claim(handle, known.interface) is not None:
                 raise usb_error(Failure.IO)
-            return found[1]
+            return known
 
     def _interval(self, endpoint: Endpoint) -> int:
         """In frames, or in microframes from high speed on, where the descriptor has an exponent."""
+        if endpoint.type not in (INTERRUPT, ISOCHRONOUS):
+            return 0
         if endpoint.type == ISOCHRONOUS or self._spec.speed >= usbip.Speed.HIGH:
             return 1 << min(max(endpoint.interval, 1), 16) - 1
         return max(endpoint.interval, 1)
@@ -352,7 +360,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
         number: int | None = index & 0xFF
         if recipient == 2:
             found = self._endpoints.get(index & 0xFF)
-            number = found[0] if found else None
+            number = found.interface if found else None
         if number is not None and self._owners.get(number, handle) is not handle:
             raise usb_error(Failure.IO)
         if number is not None and self._only not in (None, number):
@@ -365,7 +373,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
             found = self._endpoints.get(ep)
             if found is None:
                 raise usb_error(Failure.NOT_FOUND)
-            if self._claim(dev_handle, found[0]) is not None:
+            if self._claim(dev_handle, found.interface) is not None:
                 raise usb_error(Failure.OTHER)
             self._standard(0x02, _CLEAR_FEATURE, _ENDPOINT_HALT, ep)
 
@@ -386,13 +394,13 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
 
     def endpoint(self, address: int) -> Endpoint | None:
         """What the active configuration and settings have at an address."""
-        found = self._endpoints.get(address)
-        return found[1] if found is not None else None
+        known = self._endpoints.get(address)
+        return known.endpoint if known is not None else None
 
     def interval(self, address: int) -> int:
         """As a URB says it; 0 where there is none to say."""
-        endpoint = self.endpoint(address)
-        return self._interval(endpoint) if endpoint is not None and endpoint.type in (INTERRUPT, ISOCHRONOUS) else 0
+        known = self._endpoints.get(address)
+        return known.interval if known is not None else 0
 
     def configure(self) -> None:
         """As the kernel does for each device that appears: if it is not configured yet, its first configuration."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -50,8 +50,7 @@ class BusDevice:
 
     def active(self) -> Configuration | None:
         """The active configuration, or while there is none the first: it is what the device will be configured to."""
-        parsed = [parse_configuration(each, lenient=True) for each in self.configurations]
-        return next((each for each in parsed if each.value == self.configuration), parsed[0] if parsed else None)
+        return _active(self.configurations, self.configuration)
 
     def interfaces(self) -> tuple[tuple[int, tuple[int, int, int]], ...]:
         """Number and class triple of each interface of the active configuration, in its first setting."""
@@ -75,6 +74,16 @@ class BusDevice:
             serial=self.serial,
             interface=interface,
         )
+
+
+def spec_configuration(spec: DeviceSpec) -> Configuration | None:
+    """As BusDevice.active(), from what a driver host is told."""
+    return _active([base64.b64decode(each) for each in spec.configurations], spec.configuration)
+
+
+def _active(configurations: Sequence[bytes], value: int) -> Configuration | None:
+    parsed = [parse_configuration(each, lenient=True) for each in configurations]
+    return next((each for each in parsed if each.value == value), parsed[0] if parsed else None)
 
 
 def bounded(configurations: list[bytes]) -> tuple[bytes, ...]:

@@ -50,10 +50,13 @@ class Address:
         """HOST, HOST:PORT, [V6]:PORT, or a path with a slash in it."""
         if "/" in text:
             return cls(path=os.path.abspath(text))
-        host, colon, port = text.rpartition(":")
-        if not colon or (":" in host and not host.startswith("[")):
+        if text.startswith("["):
+            host, _, port = text[1:].partition("]")
+            port = port.removeprefix(":") or str(usbip.PORT)
+        elif text.count(":") == 1:
+            host, _, port = text.partition(":")
+        else:
             host, port = text, str(usbip.PORT)  # a name, or a bare IPv6 address
-        host = host.removeprefix("[").removesuffix("]")
         if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
             raise UserError(f"{text!r} is no address of a USB/IP server: say HOST, HOST:PORT or the path of a socket.")
         return cls(host=host, port=int(port))

@@ -20,8 +20,8 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
-from udf.usb.client import Transfer
 from udf.usb.errors import Failure, usb_error
+from udf.usb.urb import Transfer
 
 if TYPE_CHECKING:
     import outcome

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple
@@ -80,6 +80,15 @@ class Plugged:
         """Of an endpoint that is in use; else 64."""
         pipe = self.link.engine.pipes.get(endpoint)
         return pipe.size if pipe is not None else 64
+
+    def take_rest(self, endpoint: int, view: memoryview) -> int:
+        """What a fault has kept back of an endpoint's data, as far as there is room; the number of bytes."""
+        rest = self.rest.pop(endpoint, b"") if self.present else b""
+        now, later = rest[: len(view)], rest[len(view) :]
+        view[: len(now)] = now
+        if later:
+            self.rest[endpoint] = later
+        return len(now)
 
     def remove(self) -> None:
         """Out of the port."""
@@ -171,6 +180,25 @@ class UsbBus:
 
         __tracebackhide__ = True  # pytest shows the test's line and the report
         return explore(scenario, plug, **how)
+
+    def explore_driver(
+        self,
+        driver: type[Any],
+        plug: Callable[[], Device],
+        use: Callable[[Any], Awaitable[object]],
+        *,
+        options: Mapping[str, object] | None = None,
+        **how: Any,
+    ) -> Report:
+        """The same for a UsbDriver: each run makes one, as a driver host does, and `use` is awaited with it.
+
+        The device is the first that is plugged in; `twin` and what a process leaves behind are not looked at.
+        """
+        from udf.testing.hotplug.explore import explore
+        from udf.testing.hotplug.hosting import hosted
+
+        __tracebackhide__ = True
+        return explore(hosted(driver, use, options or {}), plug, **how)
 
     # ---- at the end
 

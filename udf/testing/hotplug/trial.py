@@ -224,8 +224,8 @@ class Trial:
     def _clean_up(self) -> None:
         self.bus.armed = None
         self.bus.give_up("the trial is over")
-        for thread in threading.enumerate():
-            if thread not in self._before.threads and not end(thread):
+        for thread in self._before.new_threads():
+            if not end(thread):
                 backend.BACKEND.abandoned.add(thread)
         for problem in self.bus.problems:
             self._add(problem)
