@@ -48,6 +48,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "udf.fuse": ("trio", "pyfuse3", "msgspec"),
     "udf.block.shim": ("trio", "pyfuse3", "msgspec"),
     "udf.cli": ("pyfuse3",),
+    "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
     "udf.doctor": ("trio", "pyfuse3"),
 }
 

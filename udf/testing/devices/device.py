@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from udf.testing.devices import standard
 from udf.testing.devices.layout import DEVICE, Configuration, Strings, pack_configuration
+from udf.testing.devices.loop import READ, WRITE
 from udf.testing.devices.transfers import Setup, Stall
 from udf.usb.usbip import Speed
 
 if TYPE_CHECKING:
     from udf.testing.devices.engine import Engine
 
+T = TypeVar("T")
 _DEVICE = struct.Struct("<BBHBBBBHHHBBBB")
 
 
@@ -90,6 +92,7 @@ class Device:
             setattr(self, name, value)
         if self.product_name is None:
             self.product_name = type(self).__name__
+        self._watched: set[int] = set()
         self.strings = Strings()
         for text in (self.manufacturer, self.product_name, self.serial):
             self.strings.index(text)
@@ -185,9 +188,31 @@ class Device:
 
         self._do(plan)
 
+    def inside(self, call: Callable[[], T]) -> T:
+        """Call where the handlers run, so that none of them runs meanwhile, and wait for it."""
+        engine = self._engine
+        return engine.loop.call(call) if engine is not None else call()
+
     def unplug(self, back: float = 0.0) -> None:
         """Vanish from the bus, and come back after so many seconds if that is not 0."""
         self._do(lambda engine: engine.loop.soon(lambda: engine.unplug(back)))
+
+    def watch(self, fd: int, handler: Callable[[int], object], *, read: bool = True, write: bool = False) -> None:
+        """Call *handler* with epoll's events while it is plugged in; again to wait for other ones. Handlers only."""
+        if (engine := self._engine) is None:
+            return
+        events = (READ if read else 0) | (WRITE if write else 0)
+        if fd in self._watched:
+            engine.loop.change(fd, events)
+        else:
+            self._watched.add(fd)
+            engine.loop.add(fd, events, handler)
+
+    def unwatch(self, fd: int) -> None:
+        """End that. It ends by itself with the power."""
+        if fd in self._watched and self._engine is not None:
+            self._watched.discard(fd)
+            self._engine.loop.remove(fd)
 
     @property
     def configuration(self) -> int:
@@ -226,6 +251,12 @@ class Device:
         return self.strings.pack(index, language)
 
     # --- the engine's way in ---
+
+    def power_off(self) -> None:
+        """The engine is gone."""
+        for fd in list(self._watched):
+            self.unwatch(fd)
+        self._engine = None
 
     def control(self, setup: Setup, data: bytes) -> bytes | None:
         """Any control request: standard ones are answered as USB 2.0 chapter 9 says, if the model does not."""

@@ -74,10 +74,9 @@ class Emulator:
         except BaseException:
             for sock, _ in sockets:
                 sock.close()
-            if sockets:
-                self._remove_files()
-            self.loop.stop()
-            self.loop.run()  # ends at once and frees its descriptors
+            if not sockets:
+                self._path = None  # it is somebody else's
+            self.stop()
             raise
         self._listeners = [Listener(self, sock, trusted=trusted) for sock, trusted in sockets]
         self._thread = threading.Thread(target=self._run, name="udf-devices", daemon=True)
@@ -86,7 +85,9 @@ class Emulator:
     def stop(self) -> None:
         """End all devices and connections; wait for that, unless the emulator itself calls."""
         self.loop.soon(self._close)
-        if self._thread is not None and not self.loop.inside:
+        if self._thread is None and not self.loop.ended:
+            self._run()  # it was never started: there is only the loop to be ended
+        elif self._thread is not None and not self.loop.inside:
             self._thread.join()
 
     def __enter__(self) -> Emulator:
@@ -208,6 +209,7 @@ class Emulator:
 
     def _forget(self, plugged: Plugged) -> None:
         plugged.remove()
+        plugged.forgotten = True
         if self._plugged.get(plugged.name) is plugged:
             del self._plugged[plugged.name]
             try:
@@ -236,8 +238,9 @@ class Emulator:
         self.loop.stop()
 
     def _remove_files(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
         if self._own_directory is not None:
             self._own_directory.cleanup()
 
@@ -308,7 +311,10 @@ def _do_unplug(emulator: Emulator, request: dict[str, Any]) -> dict[str, Any]:
 
 def _do_replug(emulator: Emulator, request: dict[str, Any]) -> dict[str, Any]:
     plugged = emulator.find(_text(request, "name"))
-    plugged.replug()
+    after = request.get("after", 0)
+    if not isinstance(after, int | float) or not 0 <= after <= 3600:
+        raise UserError("'after' is a number of seconds.")
+    plugged.replug(after)
     return {"name": plugged.name, "busid": plugged.busid, "arrival": plugged.arrival}
 
 

@@ -129,11 +129,11 @@ class Engine:
                 return self._serve_control(transfer)
             if pipe.kind is Kind.ISO:
                 return self._serve_iso(pipe, transfer)
+            if pipe.is_in:
+                return self._serve_in(pipe, transfer)
             if pipe.halted:
                 self._end(transfer, EPIPE)
                 return True
-            if pipe.is_in:
-                return self._serve_in(pipe, transfer)
             data = transfer.out if action is None else _spoil_out(transfer)
             self.device.on_out(transfer.address, data)
             transfer.actual = len(data)
@@ -141,7 +141,7 @@ class Engine:
             return transfer.done
         except Stall:
             pipe.halted = pipe is not self.control
-            self._end(transfer, EPIPE)
+            self._end(transfer, EPIPE, b"".join(transfer.got))
             return True
         except Exception:
             log.exception("%s: a handler failed; the transfer is stalled", self.device)
@@ -154,6 +154,9 @@ class Engine:
     def _serve_in(self, pipe: Pipe, transfer: Transfer) -> bool:
         size, on_in, address = pipe.size, self.device.on_in, transfer.address
         while (room := transfer.length - transfer.actual) > 0:
+            if pipe.halted:
+                self._end(transfer, EPIPE, b"".join(transfer.got))
+                return True
             data = on_in(address, room)
             if data is None:
                 return transfer.done

@@ -53,7 +53,7 @@ class Loop:
         self._stopping = False
         self._ident: int | None = None
         self._lock = threading.Lock()  # between a call from outside and the end
-        self._ended = False
+        self.ended = False
 
     # --- from any thread ---
 
@@ -65,7 +65,7 @@ class Loop:
     def soon(self, call: Callable[[], object]) -> None:
         """Do it in the loop's thread, after what is being done. Dropped when the loop has ended."""
         with self._lock:
-            if self._ended:
+            if self.ended:
                 return
             self._soon.append(call)
             if threading.get_ident() != self._ident:
@@ -88,7 +88,7 @@ class Loop:
                 done.set()
 
         with self._lock:
-            if self._ended:
+            if self.ended:
                 raise RuntimeError("the emulator has ended")
             self._soon.append(run)
             os.eventfd_write(self._wake, 1)
@@ -144,7 +144,7 @@ class Loop:
                     self._try(self._soon.popleft())
         finally:
             with self._lock:
-                self._ended = True
+                self.ended = True
             while self._soon:
                 self._try(self._soon.popleft())
             self._epoll.close()

@@ -31,6 +31,9 @@ class Model(NamedTuple):
 _HERE = "udf.testing.devices"
 MODELS: dict[str, Model] = {
     "thermometer": Model(f"{_HERE}.thermometer", "Thermometer", "a sensor with one control request"),
+    "storage": Model(f"{_HERE}.storage", "Storage", "a USB stick: mass storage, Bulk-Only Transport and SCSI"),
+    "serial": Model(f"{_HERE}.serial", "Serial", "a serial port, CDC-ACM, with an echo or a pseudo-terminal behind it"),
+    "keyboard": Model(f"{_HERE}.keyboard", "Keyboard", "a boot keyboard, HID"),
     "loopback": Model(f"{_HERE}.loopback", "Loopback", "a vendor device that gives back what it gets"),
 }
 

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,11 +60,13 @@ class Plugged:
         self.devnum = 0
         self.arrival = 0
         self.present = False
+        self.forgotten = False  # its port is somebody else's
         self.rules: list[Rule] = []
         self.observers: list[Observer] = []
         self.transfers = 0  # since the plug
         self.imports = 0
         self._imported = 0  # transfers since the import
+        self._changed = threading.Condition()
         self._engine: Engine | None = None
         self._session: Session | None = None
 
@@ -111,6 +114,12 @@ class Plugged:
         """A list that grows while the context lasts."""
         return _recording(self)
 
+    def wait(self, condition: Callable[[Plugged], object], timeout: float = 10.0) -> None:
+        """Until *condition* is true of it; looked at after each plug, unplug, import and end of one. TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: condition(self), timeout):
+                raise TimeoutError(f"{self.name} is not what was waited for after {timeout} s")
+
     @property
     def imported(self) -> bool:
         """Whether somebody uses it."""
@@ -125,7 +134,7 @@ class Plugged:
 
     def arrive(self) -> None:
         """Give it power."""
-        if self.present or self._emulator.closed:
+        if self.present or self.forgotten or self._emulator.closed:
             return
         self.arrival, self.devnum = self._emulator.next_arrival(self)
         self.present = True
@@ -141,7 +150,7 @@ class Plugged:
         if value and chosen is not None:
             engine.configure(chosen)
             self._guard(lambda: self.device.on_configured(value))
-        self._emulator.tell("arrived", self)
+        self._tell("arrived")
 
     def remove(self) -> None:
         """Take its power."""
@@ -150,9 +159,10 @@ class Plugged:
         self.present = False
         if self._session is not None:
             self._session.close()
-        self._engine = self.device._engine = None
+        self._engine = None
+        self.device.power_off()
         self._guard(self.device.on_unplugged)
-        self._emulator.tell("removed", self)
+        self._tell("removed")
 
     def open(self, sock: socket.socket) -> None:
         """Begin the URB phase on a connection that was granted the import; the socket is ours from now on."""
@@ -161,7 +171,7 @@ class Plugged:
         self.imports += 1
         self._imported = 0
         self._session = Session(self._emulator.loop, sock, self.devid, self._engine, self._arrived, self._released)
-        self._emulator.tell("changed", self)
+        self._tell("changed")
 
     def record_for_list(self) -> DeviceRecord:
         """As the operations describe it."""
@@ -234,15 +244,18 @@ class Plugged:
             if self._engine is not None:
                 self._engine.forget()
             if self.present:
-                self._emulator.tell("changed", self)
+                self._tell("changed")
 
     def _vanish(self, back: float) -> None:
-        """A fault pulls it, and perhaps puts it back. Handlers may be at work: the rest of it happens after them."""
-        if self._session is not None:
-            self._session.close()
+        """A fault pulls it, and perhaps puts it back."""
         self.remove()
         if back:
             self._emulator.loop.later(back, self.arrive)
+
+    def _tell(self, what: str) -> None:
+        self._emulator.tell(what, self)
+        with self._changed:
+            self._changed.notify_all()
 
     def _guard(self, call: Callable[[], object]) -> None:
         try:

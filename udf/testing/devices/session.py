@@ -32,7 +32,8 @@ from udf.usb.usbip import (
 )
 
 log = logging.getLogger("udf.devices")
-_BUFFER = 256 * 1024  # what is kept for reading; a bigger transfer gets more while it arrives
+_BUFFER = 16 * 1024  # what a connection reads into at first; it grows to what its transfers need
+_KEPT = 1 << 20  # and stays so up to this size
 _BACKLOG = 4 * 1024 * 1024  # unsent answers with which no more is read
 _TURN = 16  # reads before other devices have theirs
 MAX_PENDING = 4096  # unanswered transfers of one client
@@ -76,7 +77,10 @@ class Session:
             sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)  # the system's limit may make it less
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A client that is gone without a word must not keep the device for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, seconds in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+                sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
         loop.add(self._fd, READ, self._ready)
 
     def close(self) -> None:
@@ -134,7 +138,8 @@ class Session:
     def _make_room(self) -> None:
         """Move what is left to the front, into a buffer that takes the next packet as a whole."""
         left = self._view[self._start : self._end]
-        size = max(_BUFFER, self._need)
+        # A device that gets big transfers reads several of its small ones at once, too.
+        size = max(min(len(self._buffer), _KEPT), min(2 * self._need, _KEPT), self._need)
         if size == len(self._buffer):
             self._buffer[: len(left)] = bytes(left)
         else:

@@ -1,0 +1,179 @@
+"""What is in a disk: an image file, or memory, behind a write cache that dies with the power.
+
+Owns: the open file with its lock, the cache. Must never: open the file twice, write outside of it, or write what was
+not flushed when the power goes: a FLUSH that a driver has forgotten must be found. It does not guard against a crash of
+the machine that runs the emulator. Called by: scsi.py, storage.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import random
+import stat
+
+PAGE = 4096
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_ZEROS = bytes(1 << 20)
+
+
+class Medium:
+    """Bytes at offsets. Everything is bounded by the size that the file had when it was opened."""
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        size: int = 0,
+        read_only: bool = False,
+        cache: int = 0,
+        keep: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """*path*: an image, locked as long as it is used; None: memory of *size* bytes. *cache*: bytes that may wait
+        for a flush; *keep*: the chance of a page that was not flushed to have been written nevertheless.
+        """
+        self.path = path
+        self.read_only = read_only
+        self.cache = cache
+        self._keep = keep
+        self._choice = random.Random(seed)  # noqa: S311 - reproducible on purpose
+        self._dirty: dict[int, bytearray] = {}  # page -> its content, oldest first
+        self._fd = _open(path, read_only) if path is not None else os.memfd_create("udf-medium")
+        try:
+            if path is None:
+                os.ftruncate(self._fd, size)
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        """Give the file back. What was not flushed is lost."""
+        self._dirty.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def dirty(self) -> int:
+        """Bytes that the next loss of power would take."""
+        return len(self._dirty) * PAGE
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly so many bytes; OSError if the file is shorter by now."""
+        data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if not self._dirty:
+            return data
+        mixed: bytearray | None = None
+        for page in range(offset // PAGE, (offset + size - 1) // PAGE + 1):
+            content = self._dirty.get(page)
+            if content is None:
+                continue
+            if mixed is None:
+                mixed = bytearray(data)
+            begin, end = max(offset, page * PAGE), min(offset + size, page * PAGE + PAGE)
+            mixed[begin - offset : end - offset] = content[begin - page * PAGE : end - page * PAGE]
+        return bytes(mixed) if mixed is not None else data
+
+    def write(self, offset: int, data: bytes | memoryview, *, through: bool = False) -> None:
+        """Into the cache, if there is one, or (*through*: FUA) to the medium."""
+        if self.read_only or offset + len(data) > self.size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if through or not self.cache:
+            self._write_through(offset, data)
+            return
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            page, within = divmod(offset + done, PAGE)
+            part = view[done : done + PAGE - within]
+            content = self._dirty.pop(page, None)  # it becomes the youngest
+            if content is None:
+                content = bytearray(part) if len(part) == PAGE else bytearray(self._page(page))
+            content[within : within + len(part)] = part
+            self._dirty[page] = content
+            done += len(part)
+        while self.dirty > self.cache:
+            oldest = next(iter(self._dirty))
+            self._write_page(oldest, self._dirty.pop(oldest))
+
+    def flush(self) -> None:
+        """Everything that was written survives the loss of power from now on."""
+        while self._dirty:
+            page = next(iter(self._dirty))
+            self._write_page(page, self._dirty[page])
+            del self._dirty[page]
+
+    def lose_power(self) -> None:
+        """Take what was not flushed, or all but a seeded choice of it."""
+        if self._keep:
+            for page, content in self._dirty.items():
+                if self._choice.random() < self._keep:
+                    self._write_page(page, content)
+        self._dirty.clear()
+
+    def trim(self, offset: int, size: int) -> None:
+        """Zeros that take no room. Like any other write they are not certain before a flush."""
+        if self.cache or self.read_only:
+            self.fill(offset, size, b"\0")
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        punched = libc.fallocate(self._fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_longlong(offset), ctypes.c_longlong(size))
+        if punched:
+            self.fill(offset, size, b"\0")
+
+    def fill(self, offset: int, size: int, pattern: bytes) -> None:
+        """The pattern again and again; its length divides the size."""
+        many = pattern * max(1, len(_ZEROS) // len(pattern)) if any(pattern) else _ZEROS
+        end = offset + size
+        while offset < end:
+            part = memoryview(many)[: end - offset]
+            self.write(offset, part)
+            offset += len(part)
+
+    def _page(self, page: int) -> bytes:
+        return os.pread(self._fd, PAGE, page * PAGE).ljust(PAGE, b"\0")
+
+    def _write_page(self, page: int, content: bytes | bytearray) -> None:
+        _pwrite(self._fd, memoryview(content)[: self.size - page * PAGE], page * PAGE)
+
+    def _write_through(self, offset: int, data: bytes | memoryview) -> None:
+        _pwrite(self._fd, memoryview(data), offset)
+        if not self._dirty:
+            return
+        for page in range(offset // PAGE, (offset + len(data) - 1) // PAGE + 1):
+            content = self._dirty.get(page)
+            if content is not None:
+                begin, end = max(offset, page * PAGE), min(offset + len(data), page * PAGE + PAGE)
+                content[begin - page * PAGE : end - page * PAGE] = data[begin - offset : end - offset]
+
+
+def _pwrite(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _open(path: str, read_only: bool) -> int:
+    """OSError with the path; BlockingIOError becomes a sentence about who holds it."""
+    flags = os.O_RDONLY if read_only else os.O_RDWR
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block the emulator
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.EINVAL, "is no image file", path)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "somebody else uses this image", path) from None
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        raise
+    return fd
