@@ -111,6 +111,7 @@ class UsbBus:
         self.most = 0  # calls, then the driver is given up; 0: as many as it likes
         self.given_up = ""  # why
         self._plugged: list[Plugged] = []
+        self._models: dict[Device, None] = {}  # all that ever were plugged in
         self._handles: list[backend.Handle] = []
         self._rules: list[Rule] = []
         self._ports = count(1)
@@ -147,6 +148,7 @@ class UsbBus:
         plugged.others.update(in_use)
         with self._lock:
             self._plugged.append(plugged)
+            self._models[made] = None
         return plugged
 
     def unplug(self, plugged: Plugged) -> None:
@@ -159,8 +161,10 @@ class UsbBus:
     def replug(self, plugged: Plugged, model: Device | None = None) -> Plugged:
         """Pull it out, if it is in, and plug it in again: the same port, a new address."""
         self.unplug(plugged)
-        if model is None:
-            model = self.spare() if self.spare is not None else plugged.model
+        if model is None and self.spare is not None:
+            plugged.model.close()  # both may want the same file
+            model = self.spare()
+        model = model or plugged.model
         return self.plug(model, port=plugged.port)
 
     def fault(self, kind: str, *, at: int = 1, endpoint: int | None = None, count: int = 1, seed: int = 0) -> Rule:
@@ -192,13 +196,14 @@ class UsbBus:
     ) -> Report:
         """The same for a UsbDriver: each run makes one, as a driver host does, and `use` is awaited with it.
 
-        The device is the first that is plugged in; `twin` and what a process leaves behind are not looked at.
+        The device is the first that is plugged in. What a process leaves to its end is not looked at.
         """
         from udf.testing.hotplug.explore import explore
-        from udf.testing.hotplug.hosting import hosted
+        from udf.testing.hotplug.hosting import SETTLED, hosted
 
         __tracebackhide__ = True
-        return explore(hosted(driver, use, options or {}), plug, **how)
+        how["without"] = (*how.get("without", ()), *SETTLED)
+        return explore(hosted(driver, use, options or {}), plug, leaves=True, **how)
 
     # ---- at the end
 
@@ -210,24 +215,36 @@ class UsbBus:
             yield self
             findings = [str(problem.text) for problem in (*self.problems, *self.left(before))]
             findings += [f"the fault rule {rule} was never reached" for rule in self._rules if not rule.fired]
-        for plugged in self.devices:
-            self.unplug(plugged)
+        self.end()
+        findings += [problem.text for problem in self.descriptors_left(before)]
         if findings:
             raise AssertionError("after the test:\n  " + "\n  ".join(findings))
 
     def left(self, before: Before) -> list[Problem]:
-        """What is left behind now: threads, handles with their claims, descriptors."""
+        """What is left behind now: threads, and handles with their claims."""
         problems: list[Problem] = []
         for thread in before.threads_left(self.grace):
             text, stack = describe_thread(thread)
             problems.append(Problem("thread", text, stack=stack))
-        if self._handles or before.descriptors_left():
-            gc.collect()  # what only waits for the collector is not left behind
         for handle in self._handles:
             problems.append(Problem("claim" if handle.claims else "handle", f"{handle} is left open"))
-        for number, target in before.descriptors_left():
-            problems.append(Problem("descriptor", f"descriptor {number} is left open on {target}"))
         return problems
+
+    def end(self) -> None:
+        """Nothing is plugged in any more, and no model has a file open."""
+        for plugged in self.devices:
+            self.unplug(plugged)
+        for model in self._models:
+            model.close()
+
+    def descriptors_left(self, before: Before) -> list[Problem]:
+        """What is left open after the end."""
+        if before.descriptors_left():
+            gc.collect()  # what only waits for the collector is not left behind
+        return [
+            Problem("descriptor", f"descriptor {number} is left open on {target}")
+            for number, target in before.descriptors_left()
+        ]
 
     # ---- what the backend tells
 

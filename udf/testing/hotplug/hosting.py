@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -24,6 +25,8 @@ from udf.usb.backend import Backend
 from udf.usb.errors import Failure, usb_error
 from udf.usb.transfers import Transfers
 
+# What a driver host's bus settles before it, and what a process leaves to its end.
+SETTLED = ("kernel_driver", "in_use", "busy", "twin", "twin_alone")
 _NO_SETUP = bytes(8)
 _KINDS = ("", "iso", "bulk", "intr")  # by an endpoint descriptor's transfer type
 
@@ -182,13 +185,11 @@ def hosted(
         try:
             made.__init__(**options)
             await made.start()
-            try:
-                return await use(made)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await made.stop()
-        finally:
-            usb.util.dispose_resources(made.device)  # a host does not need to: it ends
+            return await use(made)
+        finally:  # a host need not do all this when something has failed: it ends
+            with trio.CancelScope(shield=True), suppress(Exception):
+                await made.stop()
+            usb.util.dispose_resources(made.device)
 
     def scenario() -> object:
         return trio.run(life)
