@@ -397,6 +397,22 @@ def test_an_outsider_finds_a_bug_in_25_lines(tmp_path):
     assert "unplug@2" in again.stdout
 
 
+def test_the_example_of_the_plugins_own_text_is_true(tmp_path):
+    blocks = [""]
+    for line in udf.testing.plugin.__doc__.splitlines():
+        if line.startswith("    "):
+            blocks[-1] += line.removeprefix("    ") + "\n"
+        elif line.strip():
+            blocks.append("")
+        else:
+            blocks[-1] += "\n"
+    code, said = (block.strip() for block in blocks if "import usb" in block or "HotplugError" in block)
+    run = outside(tmp_path, code)
+    assert "1 failed, 1 passed" in run.stdout
+    for line in said.splitlines():
+        assert line.strip().removeprefix("HotplugError: ") in run.stdout
+
+
 FIXED = """
 def celsius():
     device = usb.core.find(idVendor=0x1209, idProduct=0x7E57)
