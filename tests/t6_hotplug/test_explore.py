@@ -135,6 +135,37 @@ def test_faults_have_names_that_can_be_read_back():
     assert not set(CONDITIONS) & set(FAULTS)
 
 
+def test_a_scenario_that_is_not_the_same_each_time_is_noted():
+    first = iter([4])
+
+    def chatty():
+        for _ in range(next(first, 0)):
+            celsius()
+        return celsius()
+
+    report = explore(chatty, without=["short"])
+    assert report
+    assert "unplug@10" in report.missed
+    assert "faults did not find their call: the scenario is not the same each time" in str(report)
+
+
+def test_when_nothing_works_any_more_the_rest_is_not_tried():
+    broken = []
+
+    def brittle():
+        if broken:
+            raise RuntimeError("broken for ever")
+        try:
+            return celsius()
+        except OSError:
+            broken.append(True)
+            raise
+
+    report = explore(brittle, faults=["unplug"])
+    assert report.tried == ["healthy", "unplug@1"]
+    assert "after unplug@1 it does not work any more, also without a fault: the rest is untried" in str(report)
+
+
 # ---- it ends
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -368,21 +369,20 @@ def test_celsius_survives_everything(usb_bus):
 
 def outside(directory: Path, text: str, **environment: str):
     (directory / "test_outside.py").write_text(text)
-    plugin = ["-p", "udf.testing.plugin"] if not installed() else []
+    # Only this plugin, by its module, because the entry point may be another checkout's; it has a test of its own.
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, "test_outside.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "udf.testing.plugin", "test_outside.py"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def installed() -> bool:
-    from importlib.metadata import entry_points
-
-    return any(entry.value == udf.testing.plugin.__name__ for entry in entry_points(group="pytest11"))
+def test_pytest_finds_the_plugin_where_the_package_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["pytest11"] == {"udf": udf.testing.plugin.__name__}
 
 
 def test_an_outsider_finds_a_bug_in_25_lines(tmp_path):
@@ -394,10 +394,43 @@ def test_an_outsider_finds_a_bug_in_25_lines(tmp_path):
     assert "only='absent'" in run.stdout
     again = outside(tmp_path, OUTSIDER, UDF_HOTPLUG="unplug@2")
     assert "2 faults and conditions tried, 1 findings" in again.stdout
-    fixed = OUTSIDER.replace(
-        "    try:\n", "    if device is None:\n        raise FileNotFoundError\n    try:\n"
-    ).replace("    except usb.core.USBError:\n        return 0.0\n", "")
-    assert outside(tmp_path, fixed).returncode == 1
-    fixed = fixed.replace("usb_bus.explore(celsius,", "usb_bus.explore(celsius, without=['short'],")
-    good = outside(tmp_path, fixed)
-    assert good.returncode == 0, good.stdout
+    assert "unplug@2" in again.stdout
+
+
+def test_the_example_of_the_plugins_own_text_is_true(tmp_path):
+    blocks = [""]
+    for line in udf.testing.plugin.__doc__.splitlines():
+        if line.startswith("    "):
+            blocks[-1] += line.removeprefix("    ") + "\n"
+        elif line.strip():
+            blocks.append("")
+        else:
+            blocks[-1] += "\n"
+    code, said = (block.strip() for block in blocks if "import usb" in block or "HotplugError" in block)
+    run = outside(tmp_path, code)
+    assert "1 failed, 1 passed" in run.stdout
+    for line in said.splitlines():
+        assert line.strip().removeprefix("HotplugError: ") in run.stdout
+
+
+FIXED = """
+def celsius():
+    device = usb.core.find(idVendor=0x1209, idProduct=0x7E57)
+    if device is None:
+        raise FileNotFoundError("no thermometer")
+    try:
+        data = device.ctrl_transfer(0xC0, 1, 0, 0, 2)
+    finally:
+        usb.util.dispose_resources(device)
+    if len(data) != 2:
+        raise OSError("a short answer")
+    return int.from_bytes(data, "little") / 100
+
+def test_"""
+
+
+def test_the_outsiders_driver_without_its_bugs_passes(tmp_path):
+    model, _, rest = OUTSIDER.partition("\ndef celsius()")
+    run = outside(tmp_path, model + FIXED + rest.partition("def test_")[2])
+    assert run.returncode == 0, run.stdout
+    assert "1 passed" in run.stdout

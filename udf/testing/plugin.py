@@ -2,7 +2,7 @@
 
 Any driver that is written with pyusb can be tested, without hardware, without root, and without the rest of UDF:
 
-    import usb.core
+    import usb.core, usb.util
     from udf.testing.devices import Configuration, Device, Interface
 
     class Thermometer(Device):
@@ -30,8 +30,8 @@ Any driver that is written with pyusb can be tested, without hardware, without r
 
 The second test finds that a short answer is not noticed:
 
-    HotplugError: read_celsius: 3 calls to the device, 15 faults and conditions tried, 1 findings
-      short@2 [control 0xc0 request 0x01, 2 bytes; test_thermo.py:16]: no error, but it returns 1.02 instead of 21.5
+    HotplugError: read_celsius: 2 calls to the device, 11 faults and conditions tried, 1 findings
+      short@2 [control 0xc0 request 0x01, 2 bytes; test_outside.py:16]: no error, but it returns 1.02 instead of 21.5
       one of them again: explore(…, only='short@2'), or UDF_HOTPLUG=short@2 with the same test
 
 By hand: `device = usb_bus.plug(model)`, `usb_bus.unplug(device)`, `device = usb_bus.replug(device)`,
@@ -43,6 +43,9 @@ under some conditions (CONDITIONS there). A run is right if it returns the healt
 what has happened (after an unplug: errno ENODEV); if it ends, with few calls and within `bound`; if it leaves nothing
 behind; and if the next run, on the replugged device or on the same one, is a healthy one. explore.explore has the
 keywords. In an exploration time-outs do not take their time: nothing is waited for longer than 0.2 s.
+
+`usb_bus.explore_driver(Thermometer, plug=Model, use=read)` does the same with a `udf.UsbDriver`, in this process: `use`
+is awaited with the driver. What a process leaves to its end is not looked at there.
 
 What it cannot do: it sees what goes through pyusb only, numbers the calls of several threads in the order in which they
 come (so `only=` may miss then), cannot end a thread that waits for a lock for ever (it is left behind as a daemon), and

@@ -24,6 +24,7 @@ import usb.backend.libusb1
 import usb.backend.openusb
 import usb.core
 
+import udf.usb
 from udf.testing.hotplug import steps
 from udf.testing.hotplug.faulty import faulty
 from udf.testing.hotplug.running import GivenUpError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _PYUSB = os.path.dirname(usb.__file__) + os.sep
 _OURS = os.path.dirname(__file__) + os.sep
+_TRANSFERS = os.path.dirname(udf.usb.__file__) + os.sep
+_WORKERS = ("/threading.py", "/concurrent/futures/thread.py", "/trio/_threads.py")
 _LONG = 100  # ms: who waits so long on an event loop's thread stops everything else there
 
 
@@ -101,7 +104,7 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
             opened.append(Handle(dev, dev.backend.open_device(dev.inner), _where()))
             return 0
 
-        self._call(dev, Step(0, steps.OPEN, dev.name), perform)
+        self.call(dev, Step(0, steps.OPEN, dev.name), perform)
         dev.bus.opened(opened[0])
         return opened[0]
 
@@ -132,7 +135,7 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
             handle.claims.add(intf)
             return 0
 
-        self._call(handle, Step(0, steps.CLAIM, handle.plugged.name, length=intf), perform)
+        self.call(handle, Step(0, steps.CLAIM, handle.plugged.name, length=intf), perform)
 
     def release_interface(self, handle: Handle, intf: int) -> None:
         """ENOENT if it is not claimed, ENODEV if the device is gone; it is released all the same."""
@@ -148,7 +151,7 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
                 raise usb_error(Failure.NOT_FOUND)
             return 0
 
-        self._call(handle, Step(0, steps.RELEASE, handle.plugged.name), perform)
+        self.call(handle, Step(0, steps.RELEASE, handle.plugged.name), perform)
 
     def _release(self, handle: Handle, intf: int) -> None:
         if intf in handle.claims:
@@ -169,7 +172,7 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
             dev.backend.set_configuration(handle.inner, config_value)
             return 0
 
-        self._call(handle, Step(0, steps.CONFIGURE, handle.plugged.name), perform)
+        self.call(handle, Step(0, steps.CONFIGURE, handle.plugged.name), perform)
 
     def get_configuration(self, handle: Handle) -> int:
         """The active one's value; 0: none."""
@@ -261,7 +264,7 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
         def perform() -> int:
             return int(dev.backend.ctrl_transfer(handle.inner, request_type, request, value, index, data, timeout))
 
-        return self._call(handle, step, perform, memoryview(data).cast("B") if size else None, timeout)
+        return self.call(handle, step, perform, memoryview(data).cast("B") if size else None, timeout)
 
     def _read(self, handle: Handle, kind: str, ep: int, intf: int, buff: Any, timeout: int) -> int:
         dev = handle.plugged
@@ -270,16 +273,12 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
         inner = getattr(dev.backend, f"{kind}_read")
 
         def perform() -> int:
-            rest = dev.rest.pop(ep, b"") if dev.present else b""
-            if rest:  # what a fault had kept back
-                now, later = rest[: len(view)], rest[len(view) :]
-                view[: len(now)] = now
-                if later:
-                    dev.rest[ep] = later
-                return len(now)
+            kept = dev.take_rest(ep, view)
+            if kept:
+                return kept
             return int(inner(handle.inner, ep, intf, buff, timeout))
 
-        return self._call(handle, step, perform, view, timeout)
+        return self.call(handle, step, perform, view, timeout)
 
     def _write(self, handle: Handle, kind: str, ep: int, intf: int, data: Any, timeout: int) -> int:
         dev = handle.plugged
@@ -293,7 +292,7 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
                 return int(inner(handle.inner, ep, intf, data, timeout))
             return int(inner(handle.inner, ep, intf, type(data)("B", step.data), timeout))
 
-        return self._call(handle, step, perform, None, timeout)
+        return self.call(handle, step, perform, None, timeout)
 
     # ---- every call
 
@@ -311,9 +310,9 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
             self._need(handle.plugged)
             return int(perform() or 0)
 
-        return self._call(handle, Step(0, call, handle.plugged.name), checked)
+        return self.call(handle, Step(0, call, handle.plugged.name), checked)
 
-    def _call(
+    def call(
         self,
         target: Handle | Plugged,
         step: Step,
@@ -321,6 +320,10 @@ class BusBackend(usb.backend.IBackend):  # type: ignore[misc]  # pyusb has no ty
         view: memoryview | None = None,
         timeout: int | None = None,
     ) -> int:
+        """Number a call, do it, with a fault if it is its turn, and record what came of it.
+
+        `view`: where data from the device go. `timeout`: milliseconds, 0 is none, None where there can be none.
+        """
         self._gate()
         handle = target if isinstance(target, Handle) else None
         dev = target.plugged if isinstance(target, Handle) else target
@@ -355,7 +358,9 @@ def _where() -> str:
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((_PYUSB, _OURS)):
         frame = frame.f_back  # type: ignore[assignment]
-    return f"{steps.short_name(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+    if frame is None or frame.f_code.co_filename.startswith(_TRANSFERS) or frame.f_code.co_filename.endswith(_WORKERS):
+        return ""  # made by a worker thread, which does not know for whom
+    return f"{steps.short_name(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def _on_event_loop() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple
@@ -81,6 +81,15 @@ class Plugged:
         pipe = self.link.engine.pipes.get(endpoint)
         return pipe.size if pipe is not None else 64
 
+    def take_rest(self, endpoint: int, view: memoryview) -> int:
+        """What a fault has kept back of an endpoint's data, as far as there is room; the number of bytes."""
+        rest = self.rest.pop(endpoint, b"") if self.present else b""
+        now, later = rest[: len(view)], rest[len(view) :]
+        view[: len(now)] = now
+        if later:
+            self.rest[endpoint] = later
+        return len(now)
+
     def remove(self) -> None:
         """Out of the port."""
         self.present = False
@@ -102,6 +111,7 @@ class UsbBus:
         self.most = 0  # calls, then the driver is given up; 0: as many as it likes
         self.given_up = ""  # why
         self._plugged: list[Plugged] = []
+        self._models: dict[Device, None] = {}  # all that ever were plugged in
         self._handles: list[backend.Handle] = []
         self._rules: list[Rule] = []
         self._ports = count(1)
@@ -138,6 +148,7 @@ class UsbBus:
         plugged.others.update(in_use)
         with self._lock:
             self._plugged.append(plugged)
+            self._models[made] = None
         return plugged
 
     def unplug(self, plugged: Plugged) -> None:
@@ -150,8 +161,10 @@ class UsbBus:
     def replug(self, plugged: Plugged, model: Device | None = None) -> Plugged:
         """Pull it out, if it is in, and plug it in again: the same port, a new address."""
         self.unplug(plugged)
-        if model is None:
-            model = self.spare() if self.spare is not None else plugged.model
+        if model is None and self.spare is not None:
+            plugged.model.close()  # both may want the same file
+            model = self.spare()
+        model = model or plugged.model
         return self.plug(model, port=plugged.port)
 
     def fault(self, kind: str, *, at: int = 1, endpoint: int | None = None, count: int = 1, seed: int = 0) -> Rule:
@@ -172,6 +185,26 @@ class UsbBus:
         __tracebackhide__ = True  # pytest shows the test's line and the report
         return explore(scenario, plug, **how)
 
+    def explore_driver(
+        self,
+        driver: type[Any],
+        plug: Callable[[], Device],
+        use: Callable[[Any], Awaitable[object]],
+        *,
+        options: Mapping[str, object] | None = None,
+        **how: Any,
+    ) -> Report:
+        """The same for a UsbDriver: each run makes one, as a driver host does, and `use` is awaited with it.
+
+        The device is the first that is plugged in. What a process leaves to its end is not looked at.
+        """
+        from udf.testing.hotplug.explore import explore
+        from udf.testing.hotplug.hosting import SETTLED, hosted
+
+        __tracebackhide__ = True
+        how["without"] = (*how.get("without", ()), *SETTLED)
+        return explore(hosted(driver, use, options or {}), plug, leaves=True, **how)
+
     # ---- at the end
 
     @contextmanager
@@ -182,24 +215,36 @@ class UsbBus:
             yield self
             findings = [str(problem.text) for problem in (*self.problems, *self.left(before))]
             findings += [f"the fault rule {rule} was never reached" for rule in self._rules if not rule.fired]
-        for plugged in self.devices:
-            self.unplug(plugged)
+        self.end()
+        findings += [problem.text for problem in self.descriptors_left(before)]
         if findings:
             raise AssertionError("after the test:\n  " + "\n  ".join(findings))
 
     def left(self, before: Before) -> list[Problem]:
-        """What is left behind now: threads, handles with their claims, descriptors."""
+        """What is left behind now: threads, and handles with their claims."""
         problems: list[Problem] = []
         for thread in before.threads_left(self.grace):
             text, stack = describe_thread(thread)
             problems.append(Problem("thread", text, stack=stack))
-        if self._handles or before.descriptors_left():
-            gc.collect()  # what only waits for the collector is not left behind
         for handle in self._handles:
             problems.append(Problem("claim" if handle.claims else "handle", f"{handle} is left open"))
-        for number, target in before.descriptors_left():
-            problems.append(Problem("descriptor", f"descriptor {number} is left open on {target}"))
         return problems
+
+    def end(self) -> None:
+        """Nothing is plugged in any more, and no model has a file open."""
+        for plugged in self.devices:
+            self.unplug(plugged)
+        for model in self._models:
+            model.close()
+
+    def descriptors_left(self, before: Before) -> list[Problem]:
+        """What is left open after the end."""
+        if before.descriptors_left():
+            gc.collect()  # what only waits for the collector is not left behind
+        return [
+            Problem("descriptor", f"descriptor {number} is left open on {target}")
+            for number, target in before.descriptors_left()
+        ]
 
     # ---- what the backend tells
 

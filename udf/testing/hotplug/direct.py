@@ -252,6 +252,10 @@ class Link:
         endpoint = 0x80 if request_type & 0x80 and length else 0x00
         return self.transfer(endpoint, data_or_length, setup=setup, timeout=timeout)
 
+    def move(self, endpoint: int, data: Buffer, milliseconds: int = 0, interval: int = 0) -> int:
+        """A bulk or interrupt transfer, as Connection.move makes it."""
+        return self.submit(endpoint, data, interval=interval).wait(milliseconds / 1000 if milliseconds else None)
+
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call it when the device is gone."""
         self._on_end.append(callback)

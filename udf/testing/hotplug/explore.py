@@ -44,6 +44,7 @@ def explore(
     optional: Mapping[tuple[int, int], str] = steps.OPTIONAL,
     only: str | None = None,
     bound: float = 2.0,
+    leaves: bool = False,
     check: bool = True,
 ) -> Report:
     """Try it all; HotplugError if something is wrong, or with check=False the report.
@@ -59,11 +60,11 @@ def explore(
     after an unplug: the same kind of device, about which something else is true, so that the result differs.
     `optional`: requests (bmRequestType, bRequest) that a device may refuse by their specification.
     `only`: one of them, as a report names it; the environment's UDF_HOTPLUG says the same.
-    `bound`: seconds for one run.
+    `bound`: seconds for one run. `leaves`: what is left behind is not looked at, because a process ends after each run.
     """
     __tracebackhide__ = True
     listed = (errors,) if isinstance(errors, type) else tuple(errors)
-    subject = Subject(scenario, plug, listed, state, close, twin, replacement, optional, bound)
+    subject = Subject(scenario, plug, listed, state, close, twin, replacement, optional, bound, leaves)
     report = Report(getattr(scenario, "__qualname__", "the scenario"))
     kinds = [each for each in map(_known, (*faults, *also)) if each not in set(map(_known, without))]
     one = only or os.environ.get(ONE)
@@ -274,19 +275,19 @@ class _Exploration:
         """A driver that keeps its device open loses it while nobody asks for anything."""
         trial = Trial(self._subject, fault, self._first, self._grace)
         with trial.begun():
-            make = self._subject.replacement or self._subject.plug
+            trial.bus.spare = self._subject.replacement or self._subject.plug
             expected = self._replaced if self._subject.replacement is not None else self._expected
             device = trial.plug()
             if trial.expect_success(trial.run(device), self._expected, "before the fault"):
                 if fault.kind == "replug":
-                    current = trial.bus.replug(device, make())
+                    current = trial.bus.replug(device)
                     outcome = trial.run(current)
                     if outcome.kind != "value":  # it learns only now that the device was gone in between
                         trial.judge_fault(outcome, expected)
                 else:
                     trial.bus.unplug(device)
                     trial.judge_absence(trial.run(None))
-                    current = trial.bus.replug(device, make())
+                    current = trial.bus.replug(device)
                 if not trial.findings:
                     trial.expect_success(trial.run(current), expected, "after it was plugged in again")
                 trial.finish()

@@ -15,7 +15,7 @@ from time import monotonic
 from udf.testing.hotplug.running import stack_of
 
 GRACE = 0.5  # seconds in which a thread that was told to end may do so
-_IDLE = "Trio thread"  # kept by trio for the next call
+_IDLE = "Trio thread"  # kept by trio for the next call, of whatever run
 _FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 
@@ -31,15 +31,18 @@ class Before:
         """As it is now."""
         return cls(frozenset(threading.enumerate()), frozenset(_descriptors()))
 
+    def new_threads(self) -> list[threading.Thread]:
+        """Those that were not there before, and are somebody's."""
+        return [each for each in threading.enumerate() if each not in self.threads and not each.name.startswith(_IDLE)]
+
     def threads_left(self, grace: float = GRACE) -> list[threading.Thread]:
         """New threads that do not end within their grace."""
         until = monotonic() + grace
         left = []
-        for thread in threading.enumerate():
-            if thread not in self.threads and not thread.name.startswith(_IDLE):
-                thread.join(max(0.0, until - monotonic()))
-                if thread.is_alive():
-                    left.append(thread)
+        for thread in self.new_threads():
+            thread.join(max(0.0, until - monotonic()))
+            if thread.is_alive() and not thread.name.startswith(_IDLE):
+                left.append(thread)
         return left
 
     def descriptors_left(self) -> list[tuple[int, str]]:

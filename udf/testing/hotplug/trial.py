@@ -40,6 +40,7 @@ class Subject:
     replacement: Callable[[], Device] | None = None
     optional: Mapping[tuple[int, int], str] = field(default_factory=lambda: steps.OPTIONAL)
     bound: float = 2.0
+    leaves: bool = False
 
 
 class Trial:
@@ -112,7 +113,7 @@ class Trial:
 
     def look_for_rests(self, *, final: bool) -> None:
         """Whatever is left behind is wrong; before the driver is closed only what hangs on devices that are gone."""
-        if self.hung or (not final and self.subject.close is not None):
+        if self.hung or self.subject.leaves or (not final and self.subject.close is not None):
             return
         for problem in self.bus.left(self._before):
             hint = ""
@@ -203,6 +204,8 @@ class Trial:
                     outcome.states.append(self.subject.state(model))
             except AssertionError as error:
                 said = said or str(error)
+            except Exception as error:  # a model that has gone need not tell
+                said = said or f"{type(error).__name__}: {error}"
         if not outcome.states:
             return Outcome("error", error=f"it reports success, and state says: {said}", bases=(AssertionError,))
         return outcome
@@ -224,11 +227,15 @@ class Trial:
     def _clean_up(self) -> None:
         self.bus.armed = None
         self.bus.give_up("the trial is over")
-        for thread in threading.enumerate():
-            if thread not in self._before.threads and not end(thread):
+        self.bus.end()
+        for thread in self._before.new_threads():
+            if not end(thread):
                 backend.BACKEND.abandoned.add(thread)
         for problem in self.bus.problems:
             self._add(problem)
+        if not self.hung and not self.subject.leaves:
+            for problem in self.bus.descriptors_left(self._before):
+                self._add(problem)
         for text in self._died:
             self.wrong("died", text)
 
