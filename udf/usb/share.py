@@ -99,7 +99,7 @@ class Share:
         numbers = {each.number for each in self._active.all_interfaces()} if self._active is not None else set()
         if self._active is None or interface not in numbers:
             raise OSError(errno.ENOENT, f"the device has no interface {interface}")
-        interfaces = frozenset({interface, *along})
+        interfaces = self._active.function(interface).union(along)
         endpoints = frozenset(
             endpoint.address
             for each in self._active.all_interfaces()

@@ -21,6 +21,7 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
+from udf.usb.client import Connection
 from udf.usb.errors import Failure, usb_error
 from udf.usb.urb import Buffer, Transfer
 
@@ -79,6 +80,11 @@ class Transfers:
         self._connection = backend.connection
         self._limiter = trio.CapacityLimiter(MAX_WORKERS)
         self.gone = Gone(backend)
+
+    @property
+    def connection(self) -> Connection:
+        """What is below: for a driver with a thread of its own that has several transfers under way at once."""
+        return self._connection
 
     async def control_in(
         self,
