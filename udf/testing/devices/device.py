@@ -90,6 +90,9 @@ class Device:
             if name not in IDENTITY:
                 raise TypeError(f"{type(self).__name__} has no option {name!r}")
             setattr(self, name, value)
+        for name in ("vendor", "product", "release"):
+            if not 0 <= getattr(self, name) <= 0xFFFF:
+                raise ValueError(f"{name} is a number of 16 bits, not {getattr(self, name):#x}")
         if self.product_name is None:
             self.product_name = type(self).__name__
         self._watched: set[int] = set()

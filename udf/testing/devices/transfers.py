@@ -118,6 +118,7 @@ class Pipe:
 
     __slots__ = (
         "again",
+        "blocked",
         "busy",
         "due",
         "endpoint",
@@ -143,6 +144,7 @@ class Pipe:
         self.wedged = False  # halted, and CLEAR_FEATURE does not help
         self.busy = False  # a handler for it runs
         self.again = False  # something changed while it ran
+        self.blocked = False  # an answer that a fault delays keeps the next ones behind it
         self.due = 0.0  # isochronous: when the last accepted transfer will be over
 
     def passed(self, length: int) -> None:
