@@ -79,8 +79,9 @@ class Share:
         self._asked: dict[int, _Asked] = {}
         self._last = 0
         self._ports: dict[int, _Port] = {}
-        self._new: list[_Port] = []
-        self._lock = threading.Lock()  # of `_ports`, `_new` and `_ended`; the rest is the thread's
+        self._new: list[_Port] = []  # not listened to yet
+        self._replaced: list[_Port] = []  # whose drivers have ended, and which others follow
+        self._lock = threading.Lock()  # of `_ports`, `_new`, `_replaced` and `_ended`; the rest is the thread's
         self._ended = False
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -109,9 +110,12 @@ class Share:
         with self._lock:
             if self._ended:
                 raise OSError(errno.ENODEV, "the device is gone")
-            before = self._ports.get(interface)
-            if before is not None and not _hung_up(before.sock):
+            before = [each for each in self._ports.values() if each.function & function]
+            if not all(_hung_up(each.sock) for each in before):
                 raise OSError(errno.EBUSY, f"interface {interface} is in use")
+            for each in before:
+                del self._ports[each.interface]
+            self._replaced += before
             theirs, ours = socket.socketpair()
             ours.setblocking(False)
             port = _Port(ours, interface, interfaces, endpoints)
@@ -148,7 +152,7 @@ class Share:
             with self._lock:
                 self._ended = True
                 served = [key.data for key in self._selector.get_map().values() if key.data is not None]
-                ports = {*self._ports.values(), *self._new, *served}
+                ports = {*self._ports.values(), *self._new, *self._replaced, *served}
             for port in ports:
                 port.sock.close()
             self._up.close()
@@ -183,7 +187,10 @@ class Share:
             elif key.data is None:
                 os.eventfd_read(self._wake)
                 with self._lock:
+                    replaced, self._replaced = self._replaced, []
                     self._new.clear()
+                for port in replaced:
+                    self._drop(port)
             elif key.data.open:
                 self._guard(key.data, self._serve, events)
 
