@@ -110,7 +110,7 @@ class Share:
         with self._lock:
             if self._ended:
                 raise OSError(errno.ENODEV, "the device is gone")
-            before = [each for each in self._ports.values() if each.function & function]
+            before = [each for each in self._ports.values() if each.interfaces & interfaces]
             if not all(_hung_up(each.sock) for each in before):
                 raise OSError(errno.EBUSY, f"interface {interface} is in use")
             for each in before:
