@@ -434,3 +434,14 @@ def test_a_reply_that_was_lost_after_the_work_is_made_good(runtime_dir: Path, di
         finally:
             driver.kill()
             supervisor.join(LONG)
+
+
+def test_nobody_writes_where_a_write_that_was_given_up_may_still_come(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "late:write:1")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        old = client.ask(wire.CMD_WRITE, 0, 1024, b"o" * 1024)
+        shim.until(lambda: any(not one["parked"] for one in shim.requests()["requests"]))
+        shim.send("abort", request=shim.requests()["requests"][0]["id"])
+        assert client.answer()[:2] == (old, wire.EIO)
+        client.write(512, b"n" * 512)
+        assert disk.read_bytes()[512:1024] == b"n" * 512

@@ -2,9 +2,10 @@
 
 Arguments: the link, the file, then words: `cache` (what is written is in the file only after a flush; it dies with this
 process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, or of `any`, before it is done or after, but never
-answered), `hang:VERB:N`, `fail:VERB:N`, `gone:VERB:N` (the device is gone from there on), `poison:OFFSET` (dies
-whenever this is read), `deadly:OFFSET` (written), `min:N` (block size), `size:N` (not the file's), `lun:N` (so many
-further units of 1 MiB in memory), `slow:SECONDS`, `slot` (SIGUSR1 puts a second unit in or takes it out).
+answered), `hang:VERB:N`, `fail:VERB:N`, `late:VERB:N` (by 0.7 s), `gone:VERB:N` (the device is gone from there on),
+`poison:OFFSET` (dies whenever this is read), `deadly:OFFSET` (written), `min:N` (block size), `size:N` (not the
+file's), `lun:N` (so many further units of 1 MiB in memory), `slow:SECONDS`, `slot` (SIGUSR1 puts a second unit in or
+takes it out).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Disk(BlockDriver):
         self.slow = float(options.get("slow", 0))
         self.poison = int(options.get("poison", -1))
         self.deadly = int(options.get("deadly", -1))
-        self.events = [word.split(":") for word in words if word.split(":")[0] in ("die", "hang", "fail", "gone")]
+        self.events = [
+            word.split(":") for word in words if word.split(":")[0] in ("die", "hang", "fail", "gone", "late")
+        ]
         self.gone = False
         self.counts: dict[str, int] = {}
         self.cache: dict[int, bytes] | None = {} if "cache" in words else None
@@ -63,6 +66,8 @@ class Disk(BlockDriver):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if event[0] == "hang" and when == "before":
                     await trio.sleep_forever()
+                if event[0] == "late" and when == "before":
+                    await trio.sleep(0.7)
                 if event[0] == "gone" and when == "before":
                     self.gone = True
                 if event[0] == "fail" and when == "before":

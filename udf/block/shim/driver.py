@@ -25,6 +25,7 @@ MOST_UNITS = 16
 _MOST_NAME = 32  # characters of a unit's name
 _MOST_REPLY = 256 * 1024  # bytes of a reply that is not data
 _MOST_SKIPPED = 64  # replies to LIST and the like that mean nothing to us
+_MOST_FILLS = 4096  # to drain it
 _FILLS = 16  # receives in one turn of the loop
 _U32 = Struct(">I")
 _READ, _STATUS = wire.CMD_READ, wire.CMD_BLOCK_STATUS
@@ -147,7 +148,7 @@ class DriverConnection:
     def on_readable(self, *, drain: bool = False) -> None:
         """Take what has come; `drain`: all of it. Raises Ended, BrokenDriver."""
         inbox = self.inbox
-        for turn in range(1 << 30):
+        for turn in range(_MOST_FILLS):
             if not inbox.fill():
                 return
             self._parse()
@@ -269,6 +270,8 @@ class DriverConnection:
     def _chunk_whole(self, cookie: int, piece: Piece, kind: int, body: bytes, *, last: bool) -> None:
         request = piece.request
         if kind & wire.CHUNK_ERROR_BIT:
+            if piece.whole:
+                raise BrokenDriver("reply", "it sent two errors for one request")
             try:
                 error = wire.unpack_error(body)[0]
             except wire.WireError as wrong:

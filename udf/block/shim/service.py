@@ -115,11 +115,7 @@ class Service:
 
     def give_up(self, request: Request, error: int) -> None:
         """Answer a request without the driver's answer, which will mean nothing when it comes."""
-        connection = request.unit.connection
-        if request.open and connection is not None:
-            for piece in connection.pieces.values():
-                if piece.request is request:
-                    piece.request = None
+        request.unit.abandon(request)
         self.answer(request, error)
 
     def give_up_all(self, error: int, unit: Unit | None = None) -> None:
