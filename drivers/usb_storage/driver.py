@@ -88,7 +88,8 @@ class UsbStorage(UsbDriver):
         self._engine.close()
 
     async def units(self) -> Mapping[str, BlockUnit]:
-        await self._engine.run(self._look)
+        if self._unseen:
+            await self._engine.run(self._look)
         first = min(self._units, default=0)
         return {"" if lun == first else f"lun{lun}": unit for lun, unit in self._shown.items()}
 

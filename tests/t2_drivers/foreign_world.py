@@ -1,6 +1,6 @@
 """What a driver host is to unmodified pyusb programs: a process in which pyusb sees one device.
 
-Run as a program: takes the device's connection by number, its spec, and the text of a program that knows no UDF.
+Run as a program: takes the device's connection by number, its spec, and a program's text that knows nothing of UDF.
 """
 
 from __future__ import annotations
