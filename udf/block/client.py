@@ -7,6 +7,8 @@ Called by: the block shim, filesystem drivers (as `udf.BlockClient`), tests.
 Any task may call any verb at any time, and may be cancelled; what the server still says to a request that was given up
 is dropped. Errors are OSError with the server's errno; DeviceGone when the server says that it shuts down (which is how
 an unplugged device shows) or when the connection has ended.
+
+A little over 400 lines: a request, its verb and the replies that end it are read beside each other.
 """
 
 from __future__ import annotations
