@@ -13,6 +13,7 @@ next commands go one transfer at a time, for longer after each such end.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import usb.core
@@ -125,7 +126,7 @@ class Transport:
             raise TransportFault("the device could not be reset a moment ago", is_dead=True)
         for step in (self._class_reset, self._port_reset):
             try:
-                step()
+                self._tolerate_stall(step) if is_first else step()
                 self._pipes.clear_halt(self._in)
                 self._pipes.clear_halt(self._out)
             except usb.core.USBError as exc:
@@ -134,11 +135,18 @@ class Transport:
                 if step == self._port_reset:
                     self._dead_until = time.monotonic() + DEAD_PAUSE
                     raise TransportFault(f"the device cannot be reset: {exc}", is_dead=True) from exc
-                if is_first and outcome_of(exc) is Outcome.STALL:
-                    break  # it does not know the request, and has no error to recover from
             else:
                 break
         self._is_broken = False
+
+    @staticmethod
+    def _tolerate_stall(step: Callable[[], None]) -> None:
+        """A device that does not know the request may have no error to recover from."""
+        try:
+            step()
+        except usb.core.USBError as exc:
+            if outcome_of(exc) is not Outcome.STALL:
+                raise
 
     def _class_reset(self) -> None:
         self._pipes.control_out(wire.CLASS_OUT, wire.RESET, 0, self._interface)
