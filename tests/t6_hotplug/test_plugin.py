@@ -63,6 +63,7 @@ def test_who_has_kept_the_backend_sees_the_bus_too(usb_bus):
     usb_bus.plug(Echo)
     backend = usb.backend.libusb1.get_backend(find_library=lambda name: None)
     assert usb.core.find(backend=backend) is not None
+    assert usb.core.find().backend.__module__ == "usb.backend.libusb1"  # what python-escpos looks at
     other = UsbBus()
     with other.checked():
         assert usb.core.find(backend=backend) is None
