@@ -218,6 +218,20 @@ def test_a_driver_that_catches_everything_is_ended():
     assert "retries" in report.checks
 
 
+def test_a_model_that_hangs_holds_nobody_for_ever():
+    enough = threading.Event()
+
+    class Hanging(models.Thermometer):
+        def on_control(self, setup, data):
+            enough.wait()
+            return b"xx"
+
+    (finding,) = explore(celsius, Hanging, bound=0.1).findings
+    assert finding.check == "hang"
+    assert "enough.wait()" in finding.stack
+    enough.set()
+
+
 def test_a_healthy_run_that_does_not_end_is_a_finding():
     def endless():
         celsius()

@@ -63,6 +63,7 @@ def test_who_has_kept_the_backend_sees_the_bus_too(usb_bus):
     usb_bus.plug(Echo)
     backend = usb.backend.libusb1.get_backend(find_library=lambda name: None)
     assert usb.core.find(backend=backend) is not None
+    assert usb.core.find().backend.__module__ == "usb.backend.libusb1"  # what python-escpos looks at
     other = UsbBus()
     with other.checked():
         assert usb.core.find(backend=backend) is None
@@ -193,6 +194,9 @@ def test_what_a_fault_does_to_a_control_transfer(echo, usb_bus):
 def test_a_fault_comes_when_it_is_wanted(echo, usb_bus):
     usb_bus.fault("eio", endpoint=0x01, at=2, count=2)
     assert [attempt(lambda: echo.write(0x01, b"x")) for _ in range(4)] == [1, errno.EIO, errno.EIO, 1]
+    usb_bus.fault("timeout", endpoint=0)
+    assert attempt(lambda: echo.write(0x01, b"x")) == 1
+    assert attempt(lambda: echo.ctrl_transfer(0xC0, 1, 0, 0, 8)) == errno.ETIMEDOUT
     usb_bus.fault("busy")
     usb.util.release_interface(echo, 0)
     assert attempt(lambda: echo.write(0x01, b"x")) == errno.EBUSY

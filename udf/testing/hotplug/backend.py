@@ -370,6 +370,8 @@ def _on_event_loop() -> bool:
     return trio is not None and bool(trio.lowlevel.in_trio_run())
 
 
+# Programs look here for which of pyusb's backends they have (python-escpos does), and this one does all of libusb1's.
+BusBackend.__module__ = usb.backend.libusb1.__name__
 BACKEND = BusBackend()
 
 

@@ -28,6 +28,7 @@ from udf.usb.errors import Failure, failure_of, usb_error
 T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 ENODEV = -19
+_PATIENCE = 0.5  # seconds for a model's handler to end
 _NO_SETUP = bytes(8)
 
 
@@ -49,9 +50,19 @@ class Here:
 
     def __enter__(self) -> Here:
         self._condition.acquire()
+        self._entered()
+        return self
+
+    def enter_within(self, seconds: float) -> bool:
+        """Enter, if whoever is inside leaves in time: a model's handler may hang."""
+        entered = bool(self._condition.acquire(timeout=seconds))
+        if entered:
+            self._entered()
+        return entered
+
+    def _entered(self) -> None:
         self._owner = threading.get_ident()
         self._depth += 1
-        return self
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -265,8 +276,11 @@ class Link:
         self.end()
 
     def end(self) -> None:
-        """The device is gone."""
-        with self.here:
+        """The device is gone, also if its own handler hangs."""
+        if not self.here.enter_within(_PATIENCE):
+            self.gone = True
+            return
+        try:
             if self.gone:
                 return
             self.gone = True
@@ -279,6 +293,8 @@ class Link:
             self.here.wake()
             device.on_unplugged()
             callbacks, self._on_end = self._on_end, []
+        finally:
+            self.here.__exit__()
         for callback in callbacks:
             callback()
 

@@ -179,8 +179,12 @@ class Rule:
 
     def wants(self, step: Step) -> bool:
         """Whether this is its step."""
-        if self.endpoint is not None and (step.call not in (READ, WRITE) or step.endpoint != self.endpoint):
-            return False
+        if self.endpoint is not None:
+            control = not self.endpoint & 0x0F
+            if step.call not in ((CONTROL,) if control else (READ, WRITE)):
+                return False
+            if not control and step.endpoint != self.endpoint:
+                return False
         if not self.may_fit(step):
             return False
         self.matched += 1
