@@ -16,30 +16,31 @@ import usb.core
 import udf
 from udf.driver.usb import UsbDriver, open_device
 from udf.errors import DeviceGone
-from udf.testing.devices import Emulator, Plugged
+from udf.testing.devices import Device, Emulator, Plugged
 from udf.testing.devices.loopback import Loopback, Request
 from udf.testing.devices.server import describe
+from udf.testing.devices.thermometer import Thermometer
 from udf.usb import backend as udf_backend
 from udf.usb.operations import Watched
-from udf.usb.remote import _watched
-from udf.usb.transfers import Transfers
+from udf.usb.present import watched
+from udf.usb.transfers import Blocking, Transfers
 
 OUT, IN = 0x40, 0xC0
 
 
 @contextmanager
-def driver_of(device: Loopback | None = None) -> Iterator[tuple[UsbDriver, Plugged]]:
+def driver_of(device: Device | None = None, cls: type[UsbDriver] = UsbDriver) -> Iterator[tuple[UsbDriver, Plugged]]:
     """A driver as its host makes it: the device is there before `__init__` runs."""
     with Emulator() as emulator:
         plugged = emulator.plug(device or Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
-        driver = UsbDriver.__new__(UsbDriver)
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
+        driver = cls.__new__(cls)
         driver.device, driver.usb = open_device(emulator.connect(plugged), spec)
         driver.__init__()  # type: ignore[misc]
         try:
             yield driver, plugged
         finally:
-            driver.usb._connection.close()
+            driver.usb.connection.close()
             udf_backend.uninstall()
 
 
@@ -149,7 +150,7 @@ def test_unplug_is_device_gone_for_every_transfer_and_an_event() -> None:
 def test_a_device_that_is_gone_before_it_is_opened_is_device_gone() -> None:
     with Emulator() as emulator:
         plugged = emulator.plug(Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
         sock = emulator.connect(plugged)
         plugged.unplug()
         try:
@@ -166,3 +167,52 @@ def test_a_request_that_does_not_fit_into_a_setup_packet_is_refused() -> None:
         assert caught.value.errno == errno.EINVAL
 
     run(main)
+
+
+def test_a_function_in_a_thread_may_queue_transfers_and_is_cancelled_with_them() -> None:
+    async def main(transfers: Transfers, plugged: Plugged) -> None:
+        def loop(blocking: Blocking) -> bytes:
+            waiting = blocking.submit(0x81, 512)
+            blocking.write(0x01, b"through the loop")
+            blocking.wait(waiting)
+            assert blocking.control_in(IN, Request.SETUP, length=8)[1] == Request.SETUP
+            return waiting.data
+
+        assert await transfers.in_thread(loop) == b"through the loop"
+
+        def forever(blocking: Blocking) -> None:
+            while True:
+                blocking.read(0x81, 64, None)
+
+        with trio.move_on_after(0.05) as scope:
+            await transfers.in_thread(forever)
+        assert scope.cancelled_caught
+
+        def forgets(blocking: Blocking) -> None:
+            blocking.submit(0x81, 64)
+            blocking.submit(0x81, 64)
+
+        await transfers.in_thread(forgets)
+        buffer = bytearray(64)
+        await transfers.write(0x01, b"after it")
+        assert await transfers.in_thread(lambda blocking: blocking.read_into(0x81, buffer)) == 8
+        with pytest.raises(ZeroDivisionError):
+            await transfers.in_thread(lambda blocking: 1 // 0)
+        await trio.to_thread.run_sync(plugged.unplug)
+        with pytest.raises(DeviceGone):
+            await transfers.in_thread(loop)
+
+    run(main)
+
+
+def test_the_smallest_driver_reads_its_device() -> None:
+    class Celsius(UsbDriver):
+        async def read(self, path: str, offset: int, size: int) -> bytes:
+            raw = await self.usb.control_in(0xC0, 1, length=2)
+            return b"%.2f\n" % (int.from_bytes(raw, "little", signed=True) / 100)
+
+    thermometer = Thermometer()
+    with driver_of(thermometer, Celsius) as (driver, _):
+        text = trio.run(driver.read, "/celsius", 0, 100)
+        assert text.endswith(b"\n")
+        float(text)

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     "udf.block": ("udf.block", "udf.driver.block", "udf.errors"),
     "udf.block.shim": ("udf.block", "udf.errors"),
     "udf.driver": ("udf.driver", "udf.errors"),
-    "udf.driver.usb": ("udf.driver", "udf.usb", "udf.errors", "udf.messages"),
+    "udf.driver.usb": ("udf.driver", "udf.errors", "udf.messages", "udf.usb"),
     "udf.host": (
         *("udf.host", "udf.driver", "udf.errors", "udf.messages", "udf.manifest", "udf.fuse"),
         *("udf.usb", "udf.block"),

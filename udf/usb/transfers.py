@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -20,8 +21,9 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
+from udf.usb.client import Connection
 from udf.usb.errors import Failure, usb_error
-from udf.usb.urb import Transfer
+from udf.usb.urb import Buffer, Transfer
 
 if TYPE_CHECKING:
     import outcome
@@ -37,6 +39,9 @@ class Gone:
 
     def __init__(self, backend: Backend) -> None:
         self._connection = backend.connection
+        self._waiting: set[trio.Event] = set()
+        self._watched = False
+        self._told = False
 
     def is_set(self) -> bool:
         """Whether the device is gone."""
@@ -44,9 +49,24 @@ class Gone:
 
     async def wait(self) -> None:
         """Until it is."""
-        event, token = trio.Event(), trio.lowlevel.current_trio_token()
-        self._connection.on_end(lambda: _soon(token, event.set))
-        await event.wait()
+        if self._told:
+            await trio.lowlevel.checkpoint()
+            return
+        event = trio.Event()
+        self._waiting.add(event)
+        try:
+            if not self._watched:
+                self._watched = True
+                token = trio.lowlevel.current_trio_token()
+                self._connection.on_end(lambda: _soon(token, self._tell))
+            await event.wait()
+        finally:
+            self._waiting.discard(event)
+
+    def _tell(self) -> None:
+        self._told = True
+        for event in self._waiting:
+            event.set()
 
 
 class Transfers:
@@ -61,6 +81,11 @@ class Transfers:
         self._limiter = trio.CapacityLimiter(MAX_WORKERS)
         self.gone = Gone(backend)
 
+    @property
+    def connection(self) -> Connection:
+        """What is below: for a driver with a thread of its own that has several transfers under way at once."""
+        return self._connection
+
     async def control_in(
         self,
         request_type: int,
@@ -72,8 +97,9 @@ class Transfers:
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> bytes:
         """Ask on endpoint 0; at most `length` bytes."""
-        setup = _setup(request_type | 0x80, request, value, index, length)
-        return (await self._transfer(0x80 if length else 0x00, length, timeout, setup)).data
+        return await self.in_thread(
+            lambda blocking: blocking.control_in(request_type, request, value, index, length=length, timeout=timeout)
+        )
 
     async def control_out(
         self,
@@ -81,52 +107,42 @@ class Transfers:
         request: int,
         value: int = 0,
         index: int = 0,
-        data: bytes = b"",
+        data: Buffer = b"",
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
     ) -> int:
         """Tell on endpoint 0; the number of bytes that were taken."""
-        setup = _setup(request_type & 0x7F, request, value, index, len(data))
-        return (await self._transfer(0x00, bytes(data), timeout, setup)).actual
+        data = bytes(data)
+        return await self.in_thread(
+            lambda blocking: blocking.control_out(request_type, request, value, index, data, timeout=timeout)
+        )
 
     async def read(self, endpoint: int, size: int, timeout: float | None = DEFAULT_TIMEOUT) -> bytes:
         """From a bulk or interrupt endpoint, until `size` bytes or a short packet; `size` a multiple of its packets."""
-        return (await self._transfer(endpoint | 0x80, size, timeout)).data
+        return await self.in_thread(lambda blocking: blocking.read(endpoint, size, timeout))
 
-    async def write(self, endpoint: int, data: bytes, timeout: float | None = DEFAULT_TIMEOUT) -> int:
+    async def write(self, endpoint: int, data: Buffer, timeout: float | None = DEFAULT_TIMEOUT) -> int:
         """To a bulk or interrupt endpoint; the number of bytes that were taken."""
-        return (await self._transfer(endpoint & 0x7F, bytes(data), timeout)).actual
+        data = bytes(data)
+        return await self.in_thread(lambda blocking: blocking.write(endpoint, data, timeout))
 
     async def clear_halt(self, endpoint: int, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
         """End an endpoint's stall and set its toggle to 0."""
-        await self.control_out(0x02, 1, 0, endpoint, timeout=timeout)
+        await self.in_thread(lambda blocking: blocking.clear_halt(endpoint, timeout=timeout))
 
     async def reset(self) -> None:
         """Reset the device; it has its configuration again, every interface its first setting."""
+        await self.in_thread(lambda blocking: self._backend.reset())
 
-        def work() -> None:
-            self._backend.reset()
+    async def in_thread(self, function: Callable[[Blocking], T]) -> T:
+        """Run a function that does several transfers, one after the other or at once: only one change of threads.
 
-        await self._in_thread(work, lambda: None)
-
-    async def _transfer(
-        self, endpoint: int, data_or_length: bytes | int, timeout: float | None, setup: bytes = bytes(8)
-    ) -> Transfer:
-        interval = 0 if endpoint in (0x00, 0x80) else self._backend.interval(endpoint)
-        slot = _Slot()
-
-        def work() -> Transfer:
-            transfer = self._connection.submit(endpoint, data_or_length, setup=setup, interval=interval)
-            slot.begun(transfer)
-            transfer.wait(timeout)
-            return transfer
-
-        return await self._in_thread(work, slot.cancel)
-
-    async def _in_thread(self, work: Callable[[], T], cancel: Callable[[], None]) -> T:
+        Cancelling ends the transfers that it has under way, and it with them. Whatever it raises is raised here.
+        """
+        blocking = Blocking(self._backend)
         try:
             async with self._limiter:
-                return await _uninterrupted(work, cancel)
+                return await _uninterrupted(partial(_to_its_end, function, blocking), blocking.cancel)
         except usb.core.USBError as exc:
             if exc.errno == errno.ENODEV:
                 raise DeviceGone("the device has been unplugged") from exc
@@ -135,22 +151,89 @@ class Transfers:
             raise
 
 
-class _Slot:
-    """A transfer that may be cancelled before its thread has begun it."""
+class Blocking:
+    """The same transfers for a function in a thread. Its calls raise USBError, for an unplug too (ENODEV)."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._connection = backend.connection
         self._cancelled = False
-        self._transfer: Transfer | None = None
+        self._under_way: set[Transfer] = set()
 
-    def begun(self, transfer: Transfer) -> None:
-        self._transfer = transfer
+    def submit(self, endpoint: int, data_or_length: Buffer | int, *, setup: bytes = bytes(8)) -> Transfer:
+        """Begin a transfer; wait() tells its end. So the next one is queued while this one is under way."""
+        interval = self._backend.interval(endpoint) if endpoint & 0x0F else 0
+        transfer = self._connection.submit(endpoint, data_or_length, setup=setup, interval=interval)
+        self._under_way.add(transfer)
         if self._cancelled:
             transfer.cancel()
+        return transfer
+
+    def wait(self, transfer: Transfer, timeout: float | None = DEFAULT_TIMEOUT) -> int:
+        """The number of bytes."""
+        try:
+            return transfer.wait(timeout)
+        finally:
+            self._under_way.discard(transfer)
+
+    def control_in(
+        self, request_type: int, request: int, value: int = 0, index: int = 0, *, length: int,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> bytes:  # fmt: skip
+        """See Transfers."""
+        setup = _setup(request_type | 0x80, request, value, index, length)
+        transfer = self.submit(0x80 if length else 0x00, length, setup=setup)
+        self.wait(transfer, timeout)
+        return transfer.data
+
+    def control_out(
+        self, request_type: int, request: int, value: int = 0, index: int = 0, data: Buffer = b"", *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+    ) -> int:  # fmt: skip
+        """See Transfers."""
+        setup = _setup(request_type & 0x7F, request, value, index, memoryview(data).nbytes)
+        return self.wait(self.submit(0x00, data, setup=setup), timeout)
+
+    def read(self, endpoint: int, size: int, timeout: float | None = DEFAULT_TIMEOUT) -> bytes:
+        """See Transfers."""
+        transfer = self.submit(endpoint | 0x80, size)
+        self.wait(transfer, timeout)
+        return transfer.data
+
+    def read_into(self, endpoint: int, buffer: Buffer, timeout: float | None = DEFAULT_TIMEOUT) -> int:
+        """Into a writable buffer; the number of bytes."""
+        return self.wait(self.submit(endpoint | 0x80, buffer), timeout)
+
+    def write(self, endpoint: int, data: Buffer, timeout: float | None = DEFAULT_TIMEOUT) -> int:
+        """See Transfers."""
+        return self.wait(self.submit(endpoint & 0x7F, data), timeout)
+
+    def clear_halt(self, endpoint: int, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """See Transfers."""
+        self.control_out(0x02, 1, 0, endpoint, timeout=timeout)
 
     def cancel(self) -> None:
+        """From the loop's thread: end what is under way and what will be begun."""
         self._cancelled = True
-        if self._transfer is not None:
-            self._transfer.cancel()
+        for transfer in tuple(self._under_way):
+            transfer.cancel()
+
+    def finish(self) -> None:
+        """The function has ended: what it began and did not wait for ends too."""
+        if self._under_way:
+            self.cancel()
+            for transfer in tuple(self._under_way):
+                try:
+                    self.wait(transfer, 0)
+                except usb.core.USBError:
+                    pass
+
+
+def _to_its_end(function: Callable[[Blocking], T], blocking: Blocking) -> T:
+    try:
+        return function(blocking)
+    finally:
+        blocking.finish()
 
 
 async def _uninterrupted(work: Callable[[], T], cancel: Callable[[], None]) -> T:
