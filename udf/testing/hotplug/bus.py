@@ -21,7 +21,7 @@ from udf.testing.devices.device import Device
 from udf.testing.hotplug import backend, steps
 from udf.testing.hotplug.direct import Here, Link
 from udf.testing.hotplug.left import GRACE, Before, describe_thread
-from udf.testing.hotplug.report import Finding, Report
+from udf.testing.hotplug.report import Report
 from udf.testing.hotplug.running import GivenUpError
 from udf.testing.hotplug.steps import Fault, Rule, Step
 from udf.usb.backend import Backend
@@ -329,6 +329,3 @@ def _spec(plugged: Plugged, configuration: int) -> DeviceSpec:
         product=model.product_name or "",
         serial=model.serial or "",
     )
-
-
-__all__ = ["LONGEST_WAIT", "Finding", "Plugged", "Problem", "Report", "UsbBus"]

@@ -64,7 +64,7 @@ def explore(
     """
     __tracebackhide__ = True
     listed = (errors,) if isinstance(errors, type) else tuple(errors)
-    subject = Subject(scenario, plug, listed, state, close, twin, replacement, optional, bound, leaves)
+    subject = Subject(scenario, plug, listed, state, close, twin, replacement, bound, leaves, optional)
     report = Report(getattr(scenario, "__qualname__", "the scenario"))
     kinds = [each for each in map(_known, (*faults, *also)) if each not in set(map(_known, without))]
     one = only or os.environ.get(ONE)
@@ -259,6 +259,7 @@ class _Exploration:
         trial.judge_fault(outcome, expected)
         trial.look_for_rests(final=False)
         if trial.hung or trial.findings:
+            trial.finish()
             return
         device.rest.clear()
         if kind in LOST:

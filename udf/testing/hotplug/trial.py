@@ -38,9 +38,9 @@ class Subject:
     close: Callable[[], object] | None = None
     twin: Callable[[], Device] | None = None
     replacement: Callable[[], Device] | None = None
-    optional: Mapping[tuple[int, int], str] = field(default_factory=lambda: steps.OPTIONAL)
     bound: float = 2.0
     leaves: bool = False
+    optional: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 class Trial:
@@ -72,8 +72,10 @@ class Trial:
         hook, threading.excepthook = threading.excepthook, self._thread_died
         try:
             with backend.current(self.bus):
-                yield
-                self._clean_up()
+                try:
+                    yield
+                finally:
+                    self._clean_up()
         finally:
             threading.excepthook = hook
 
@@ -112,7 +114,7 @@ class Trial:
             self.wrong("close", f"close does not work afterwards: {outcome}", stack=outcome.stack)
 
     def look_for_rests(self, *, final: bool) -> None:
-        """Whatever is left behind is wrong; before the driver is closed only what hangs on devices that are gone."""
+        """Whatever is left behind is wrong, once the driver is closed, if its author has said how."""
         if self.hung or self.subject.leaves or (not final and self.subject.close is not None):
             return
         for problem in self.bus.left(self._before):
