@@ -36,7 +36,8 @@ class Stop:
                 return False
             self._flushing = True
             self._until = now + _PATIENCE
-            for unit in s.units:
+            # Not while some of it is still to be written again: a flush would cover what is not there.
+            for unit in s.units if s.pumping else ():
                 unit.flush_kept()
                 if unit.connection is not None:
                     s.touched.add(unit.connection)

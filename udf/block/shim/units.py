@@ -190,7 +190,8 @@ class Unit:
             # The device cannot say that it is safe, and we cannot keep more: whoever flushes next is told.
             self.lose(len(self.kept))
             self.kept.covered(request.mark)
-        self.pump()
+        if self.service.pumping:
+            self.pump()
 
     def lose(self, count: int) -> None:
         """Something acknowledged is lost: no FLUSH of those who may have written it succeeds any more."""
