@@ -19,11 +19,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from udf import messages
 from udf.errors import UserError
 from udf.manifest import Manifest, check_manifest
-from udf.supervisor.binder import HEALTHY, LOOK, NAME_WAIT, Binder, Present
+from udf.supervisor.binder import HEALTHY, LOOK, NAME_WAIT, Binder
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.offers import Offer
 from udf.supervisor.rebinding import RETRIES, may_begin, retry_delay
+from udf.supervisor.tenants import Present
 from udf.usb.matching import Binding, DeviceFacts, InterfaceFacts
 from udf.usb.rules import check_rules
 
