@@ -479,6 +479,25 @@ def test_retries_double_and_end() -> None:
     assert [retry_delay(failures) for failures in range(1, 7)] == [*RETRIES, None]
 
 
+async def test_a_mistake_of_ours_in_one_start_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(binding: Binding) -> str | None:
+        if binding.driver is THERMOMETER:
+            world.leases[-1].close()
+            raise RuntimeError("a bug")
+        return None
+
+    async with world_of(STORAGE, THERMOMETER) as world:
+        world.refuse = refuse
+        key = world.plug("1-1")
+        await quiet()
+        world.plug("1-2", **STICK)
+        await quiet()
+        assert list(world.running) == ["disk0"]
+        (failure,) = world.binder.failures_of(key)
+        assert failure[2] == "the supervisor made a mistake (RuntimeError): see its log"
+    assert "failed by our own mistake" in caplog.text
+
+
 async def test_names_that_others_have_are_left_to_them() -> None:
     async with world_of(THERMOMETER) as world:
         world.taken = {"thermometer0", "thermometer1"}
