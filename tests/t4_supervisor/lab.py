@@ -20,6 +20,7 @@ from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import Event, EventLog, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.registry import Registry
+from udf.supervisor.spawn import Identity
 from udf.testing.devices import Device, Emulator, Plugged
 
 DRIVERS = Path(__file__).with_name("device_drivers")
@@ -74,6 +75,7 @@ class Lab:
         self.events = events
         self.bus = bus
         self.home = home
+        self.registry_owner = Identity.own()
 
     async def plug(self, device: Device, name: str | None = None) -> EmulatedLease:
         return EmulatedLease(await trio.to_thread.run_sync(self.bus.plug, device, name))

@@ -21,7 +21,7 @@ from varlink.scanner import Interface
 from udf import __version__
 from udf.errors import UserError
 from udf.supervisor import control as control_module
-from udf.supervisor import rights, sockets, trace
+from udf.supervisor import devicecalls, images, rights, sockets, trace
 from udf.supervisor import varlink as wire
 from udf.supervisor.client import INTERFACE, PROTOCOL, Connection, ControlError
 from udf.supervisor.control import Control, interface_description
@@ -145,6 +145,13 @@ def test_the_interface_file_and_the_code_agree_on_every_name() -> None:
         "Hung": control_module._Which,
         "Abort": control_module._Abort,
         "Crashes": control_module._Which,
+        "Attach": images.AttachRequest,
+        "Devices": devicecalls._Nothing,
+        "Why": devicecalls._Why,
+        "Plug": devicecalls._Plug,
+        "Unplug": devicecalls._Name,
+        "Replug": devicecalls._Name,
+        "Faults": devicecalls._Faults,
     }
     methods = {name for name, member in interface.members.items() if hasattr(member, "in_type")}
     assert methods == set(code)

@@ -72,7 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     mount.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,…", help="options")
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, without a daemon")
 
-    umount = command("umount", "unmount MOUNTPOINT")
+    attach = command("attach", "make a block device, with its partitions, of the image file SOURCE")
+    attach.add_argument("-t", "--driver", metavar="DRIVER", help="a driver of kind block (default: image)")
+    attach.add_argument("--name", help="what to call it (default: disk0, disk1 …)")
+    attach.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,…", help="options")
+    attach.add_argument("source", metavar="SOURCE")
+
+    umount = command("umount", "unmount MOUNTPOINT, or detach what was attached")
     umount.add_argument("mountpoint", metavar="MOUNTPOINT")
     umount.add_argument("-l", "--lazy", action="store_true", help="detach now, serve what is open until it is closed")
 

@@ -53,7 +53,7 @@ def mount(arguments: argparse.Namespace) -> int:
     options = options_of(arguments.options)
     connection = None if arguments.foreground else client.find_daemon(arguments.socket)
     driver = arguments.driver
-    if source is not None and not driver and not arguments.program:
+    if source is not None and not driver and not arguments.program and _source_kind(source) in ("url", "directory"):
         driver = _guess_driver(source, _list_drivers(connection)[0])
     request = {
         "driver": absolute(driver) if driver and "/" in driver else driver,
@@ -76,6 +76,27 @@ def mount(arguments: argparse.Namespace) -> int:
             answer = connection.call("Mount", **request)
     if arguments.json:
         show.as_json(answer)
+    return 0
+
+
+def attach(arguments: argparse.Namespace) -> int:
+    """`udf attach`: a file as a block device."""
+    connection = client.find_daemon(arguments.socket)
+    if connection is None:
+        raise client.NoSupervisorError("no daemon runs that could keep it attached: start `udf daemon`")
+    driver = arguments.driver
+    request = {
+        "source": absolute(arguments.source),
+        "driver": absolute(driver) if driver and "/" in driver else driver,
+        "name": arguments.name,
+        "options": options_of(arguments.options),
+    }
+    with connection:
+        answer = connection.call("Attach", **{key: value for key, value in request.items() if value is not None})
+    if arguments.json:
+        show.as_json(answer)
+    else:
+        show.line(f"{answer['name']}: {answer['mountpoint']}/disk")
     return 0
 
 
@@ -313,7 +334,7 @@ def _absolute_source(source: str) -> str | None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    command.__name__: command for command in (daemon, mount, umount, status, drivers, events, trace, doctor)
+    command.__name__: command for command in (daemon, mount, attach, umount, status, drivers, events, trace, doctor)
 }
 COMMANDS |= {command.__name__: command for command in (recovering.restart, recovering.hung, recovering.crashes)}
 COMMANDS |= {

@@ -88,7 +88,7 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
 
 
 def _fail(supervisor: Supervisor, exc: UserError | ContractError) -> int:
-    if exc.__cause__ is not None:
+    if exc.__cause__ is not None and exc.__cause__ is not exc:
         traceback.print_exception(exc.__cause__)
     supervisor.send(messages.HostFailed(error=str(exc)))
     return 1

@@ -133,6 +133,21 @@ async def find(name: str, *, trusted_only: bool, kinds: Collection[str] = ("fs",
     return from_manifest(found)
 
 
+async def for_filesystem(filesystem: str, *, trusted_only: bool) -> str:
+    """The name of the one driver whose manifest says that it mounts such a filesystem."""
+    trust = Trust(0, 0) if trusted_only else Trust.own()
+    found, _ = await in_thread(lambda: manifests.list_drivers(trust), "the search path")
+    fitting = [each.name for each in found if filesystem in each.filesystems]
+    if len(fitting) == 1:
+        return fitting[0]
+    which = (
+        f"{len(fitting)} drivers mount {filesystem} ({', '.join(fitting)})"
+        if fitting
+        else (f"no driver here mounts {filesystem}")
+    )
+    raise UserError(f"{which}: say which one is meant with -t DRIVER (`udf drivers` lists them)")
+
+
 def from_manifest(found: Manifest) -> Driver:
     """The same from a manifest that has been read and checked."""
     return Driver(

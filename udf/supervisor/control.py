@@ -17,7 +17,7 @@ import trio
 
 from udf import __version__, messages
 from udf.errors import UserError
-from udf.supervisor import catalog, rights
+from udf.supervisor import catalog, images, rights
 from udf.supervisor.client import INTERFACE, PROTOCOL
 from udf.supervisor.devicecalls import DeviceCalls
 from udf.supervisor.devices import Devices, NoDeviceError
@@ -77,6 +77,7 @@ class Control:
         methods = {
             "Info": self._info,
             "Mount": self._mount,
+            "Attach": self._attach,
             "Unmount": self._unmount,
             "Status": self._status,
             "Drivers": self._drivers,
@@ -94,7 +95,7 @@ class Control:
                 version=__version__,
                 url="",
                 methods={f"{INTERFACE}.{name}": method for name, method in methods.items()},
-                abandoned=frozenset({f"{INTERFACE}.Mount"}),
+                abandoned=frozenset({f"{INTERFACE}.Mount", f"{INTERFACE}.Attach"}),
                 interfaces={INTERFACE: interface_description()},
                 error=as_varlink,
             )
@@ -121,8 +122,15 @@ class Control:
         request = call.parameters(MountRequest)
         if self._private:
             raise UserError("this supervisor serves one mount and takes no others: start `udf daemon` for that")
-        mount = await self._registry.mount(request, call.peer.identity)
+        mount = await images.mount(self._registry, request, call.peer.identity)
         return {"name": mount.plan.name, "mountpoint": mount.plan.where}
+
+    async def _attach(self, call: Call) -> object:
+        request = call.parameters(images.AttachRequest)
+        if self._private:
+            raise UserError("this supervisor serves one mount and takes no others: start `udf daemon` for that")
+        endpoint = await images.attach(self._registry, request, call.peer.identity)
+        return {"name": endpoint.plan.name, "mountpoint": endpoint.plan.where}
 
     async def _unmount(self, call: Call) -> object:
         wanted = call.parameters(_Unmount)

@@ -174,6 +174,7 @@ class Endpoint(ABC):
 
     async def _could_not_start(self, first: Generation) -> StartFailedError:
         await first.hear_last_words(LAST_WORDS)
+        await self.recovery.find_device()
         name, reason = self.plan.driver_name, Reason.REFUSED
         if self.recovery.is_unplugged:
             sentence, reason = f"the device was unplugged before the driver {name} had started", Reason.UNPLUGGED

@@ -25,6 +25,7 @@ from udf.errors import DeviceGone
 from udf.supervisor.bell import Bell
 
 REOPEN_TIMEOUT = 5.0  # for a device that is busy still: its server learns of the fence in a moment
+ASK_TIMEOUT = 1.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.005, 0.2
 
 
@@ -103,6 +104,14 @@ class Tenancy:
         self._watching = trio.CancelScope()
         nursery.start_soon(self._watch, connection, self._watching)
         return connection.fileno()
+
+    async def ask(self) -> None:
+        """The connection has ended, and nobody has said why: is the device there? Bounded in time."""
+        with trio.move_on_after(ASK_TIMEOUT), suppress(OSError):
+            try:
+                (await self.lease.open()).close()
+            except DeviceGone:
+                self.lease.end()
 
     def fence(self) -> None:
         """The generation is dead: nothing of what it has sent goes on to the device."""

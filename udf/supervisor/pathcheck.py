@@ -1,9 +1,9 @@
 """A short-lived program that looks at paths for the supervisor, so that one that hangs hangs only this process.
 
-Owns: whether a mountpoint and a source can be used, and the cleaning of a mountpoint after a shim that died.
-Must never: import more than the standard library and udf.fuse; it starts for every mount. It runs with the rights of
-the user who asked, so that the kernel decides what that user may see. Called by: paths.py, as
-`python -m udf.supervisor.pathcheck JSON`; prints one JSON object.
+Owns: whether a mountpoint and a source can be used, what filesystem is in an image, and the cleaning of a mountpoint
+after a shim that died. Must never: import more than the standard library and udf.fuse (unless it looks into an image);
+it starts for every mount. It runs with the rights of the user who asked, so that the kernel decides what that user may
+see. Called by: paths.py, as `python -m udf.supervisor.pathcheck JSON`; prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import json
 import os
 import stat
 import sys
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from udf.fuse import mount as mounting
+
+T = TypeVar("T")
 
 
 class _RefusedError(Exception):
@@ -96,6 +99,53 @@ def _source(path: str | None, kind: str) -> str | None:
     return os.path.realpath(path)
 
 
+def look(path: str) -> dict[str, Any]:
+    """What is in an image, by the magic numbers: its filesystem, or its partitions with theirs."""
+    from udf.block.partitions import read_table
+    from udf.block.probe import probe
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise _RefusedError(_missing("the source", path, exc)) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise _RefusedError(f"the source {path} is neither a file nor a block device")
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+
+        def filesystem(begin: int, length: int) -> str:
+            async def read(offset: int, count: int) -> bytes:
+                return os.pread(descriptor, count, begin + offset)
+
+            volume = _finish(probe(read, length))
+            return "" if volume is None else volume.type
+
+        async def read_disk(offset: int, count: int) -> bytes:
+            return os.pread(descriptor, count, offset)
+
+        whole = filesystem(0, size)
+        table = _finish(read_table(read_disk, size))
+        found = [
+            {"number": each.number, "size": each.size, "filesystem": filesystem(each.offset, each.size)}
+            for each in table.partitions
+        ]
+        return {"path": os.path.realpath(path), "filesystem": whole, "partitions": found, "is_file": stat.S_ISREG(mode)}
+    except OSError as exc:
+        raise _RefusedError(f"the source {path} cannot be read: {exc.strerror}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _finish(steps: Coroutine[Any, Any, T]) -> T:
+    """Run what never waits, because its reads do not."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    raise RuntimeError("a read waits")
+
+
 def _missing(what: str, path: str, exc: OSError) -> str:
     if exc.errno == errno.ENOENT:
         return f"{what} {path} does not exist"
@@ -133,6 +183,11 @@ def main(argument: str) -> None:
         answer = sweep(request["sweep"])
     elif "clean" in request:
         answer = clean(request["clean"])
+    elif "look" in request:
+        try:
+            answer = look(request["look"])
+        except _RefusedError as exc:
+            answer = {"refused": str(exc)}
     else:
         answer = check(**request)
     sys.stdout.write(json.dumps(answer))

@@ -45,6 +45,27 @@ async def check(
     return Checked(str(answer["mountpoint"]), answer["source"], answer["cleaned"])
 
 
+@dataclass(frozen=True)
+class Image:
+    """What is in a file or a block device that may be mounted."""
+
+    path: str  # its real one
+    is_file: bool
+    filesystem: str  # by the name that mount(8) has for it; empty: none that is known
+    partitions: dict[int, str]  # the filesystem of each
+
+
+async def look(source: str, run_as: spawn.Identity | None) -> Image:
+    """Look into an image with the rights of `run_as` (None: ours). UserError says why that cannot be done."""
+    answer = await _ask({"look": source}, run_as)
+    if answer is None:
+        raise UserError(f"{source} does not answer: something that it lies on hangs")
+    if "refused" in answer:
+        raise UserError(str(answer["refused"]))
+    partitions = {int(each["number"]): str(each["filesystem"]) for each in answer["partitions"]}
+    return Image(str(answer["path"]), bool(answer["is_file"]), str(answer["filesystem"]), partitions)
+
+
 async def clean(mountpoint: str, run_as: spawn.Identity | None) -> str:
     """Take a mount whose shim has died out of the tree; an empty text, or what is left behind."""
     answer = await _ask({"clean": mountpoint}, run_as)

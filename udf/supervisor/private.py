@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from udf.errors import UserError
-from udf.supervisor import logs, sockets
+from udf.supervisor import images, logs, sockets
 from udf.supervisor.client import ControlError
 from udf.supervisor.control import as_varlink
 from udf.supervisor.instance import Reason
@@ -99,7 +99,7 @@ async def _one_mount(
             starting.start_soon(_give_up_at_end_of, caller_end, starting.cancel_scope)
         problem: UserError | None = None
         try:
-            mount = await frame.registry.mount(request, Identity.own())
+            mount = await images.mount(frame.registry, request, Identity.own())
         except UserError as exc:
             problem = exc
         starting.cancel_scope.cancel()
@@ -111,6 +111,7 @@ async def _one_mount(
     async with trio.open_nursery() as waiting:
         waiting.start_soon(_stop_when_asked, frame)
         await mount.ended.wait()
+        await frame.registry.stop_all(frame.hurry)  # what was below it
         waiting.cancel_scope.cancel()
     return 0 if mount.instance.reason in _ORDERLY else 1
 

@@ -130,6 +130,15 @@ class Recovery:
         """Whether the device is gone, its own or that of what it depends on."""
         return self._unplugged or (self._tenancy is not None and self._tenancy.lease.gone)
 
+    async def find_device(self) -> None:
+        """A start has failed: find out whether the device is gone, which its end may have been quicker to tell."""
+        tenancy = self._tenancy
+        if tenancy is None:
+            return
+        await self._bell.within(CUT_GRACE, lambda: self.is_unplugged or tenancy.is_cut)
+        if tenancy.is_cut and not self.is_unplugged:
+            await tenancy.ask()
+
     def unplug(self) -> None:
         """The device of what it depends on is gone."""
         self._unplugged = True

@@ -80,6 +80,7 @@ class Registry:
         self._names: set[str] = set()  # that are taken, also by what waits for its start
         # Places that are taken, and how they are given back.
         self._taken: dict[str, tuple[DriverPlan, Callable[[], None]]] = {}
+        self._below: dict[Endpoint, Endpoint] = {}  # what was started for a mount and ends with it
         self._starting = trio.CapacityLimiter(MAX_STARTS)
         self._closing = False
 
@@ -205,6 +206,18 @@ class Registry:
         if not endpoint.is_gone:
             await endpoint.end(reason)
 
+    def end_with(self, endpoint: Endpoint, mount: Mount) -> None:
+        """Have an endpoint end when a mount that was made from it has ended."""
+        self._nursery.start_soon(self._end_with, endpoint, mount)
+
+    async def _end_with(self, endpoint: Endpoint, mount: Mount) -> None:
+        self._below[mount] = endpoint
+        try:
+            await mount.ended.wait()
+            await self.end(endpoint, Reason.OPERATOR)
+        finally:
+            del self._below[mount]
+
     def _reserve_device(self, asked: DevicePlan, environment: Mapping[str, str], files: Driver | None) -> Endpoint:
         names = {asked.name}
         if not _NAME.fullmatch(asked.name):
@@ -314,7 +327,10 @@ class Registry:
                 f"{endpoint.plan.where} is where the device of {endpoint.plan.name} is found as long as it is plugged"
                 " in: unplug it, or deny it its driver by a rule"
             )
+        below = self._below.get(endpoint)
         await endpoint.unmount(Reason.OPERATOR, lazy=lazy)
+        if below is not None and endpoint.is_gone:
+            await below.ended.wait()  # what it was made from is free again when this is answered
         if endpoint.is_lazy:
             self._free_place(endpoint.plan)  # somebody else may mount there while this one still serves
 
