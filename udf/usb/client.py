@@ -128,6 +128,32 @@ class Connection:
                 raise
         return transfer
 
+    def submit_all(self, requests: Sequence[tuple[int, Buffer]]) -> list[Transfer]:
+        """Start several bulk transfers in this order, in one step: who queues them costs the peer one waking."""
+        parts: list[bytes | memoryview] = []
+        transfers: list[Transfer] = []
+        with self._sending:
+            try:
+                for endpoint, data in requests:
+                    is_in, view = bool(endpoint & 0x80), _bytes_of(data)
+                    if view.nbytes > usbip.MAX_TRANSFER:
+                        raise usb_error(Failure.NO_MEM)
+                    transfer = Transfer(self, is_in, view)
+                    seqnum = self._table.add(transfer)
+                    transfers.append(transfer)
+                    flags = usbip.URB_DIR_IN if is_in else 0
+                    header = usbip.SUBMIT.pack(
+                        usbip.CMD_SUBMIT, seqnum, self._devid, is_in, endpoint & 0x0F, flags, view.nbytes, 0,
+                        usbip.NO_PACKETS, 0, _SETUP_NONE,
+                    )  # fmt: skip
+                    parts += [header] if is_in or not view.nbytes else [header, view]
+                self._push_slowly(self._push(parts))
+            except BaseException:
+                for transfer in transfers:
+                    self._table.drop(transfer)
+                raise
+        return transfers
+
     def transfer(
         self,
         endpoint: int,
