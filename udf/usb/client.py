@@ -10,6 +10,7 @@ own answer is there (it *leads*, turns.py); then the next one that waits leads. 
 threads, and data go from the socket into the caller's buffer. One more thread, the keeper, sleeps in poll(2) all the
 time: it sees the end of the connection when nobody waits for anything, and sends what must not block its caller.
 
+Longer than other files: sending, waiting and ending share the two locks, and are understood together or not at all.
 Locks, always in this order: `_sending` (the socket's write side, for whole packets), `_state` (everything else; never
 held over a system call that can block).
 """
