@@ -18,13 +18,13 @@ The source is the socket of an NBD server, or an NBD URI. What it exports may co
 
 Who may write: a file that is open for writing only is claimed by the open, any other by the first write to it, and
 the claim ends with a close (if other descriptors of that open are left, their next write takes it again). While it is
-held, whoever else wants to write there (to the file, to the whole disk, or
-to a partition in it) gets EBUSY. Reading is free to all.
+held, whoever else wants to write there (to the file, to the whole disk, or to a partition in it) gets EBUSY. Reading
+is free to all.
 
 A disk cannot be cut: O_TRUNC does nothing, as with the kernel's own block devices, and ftruncate to another size is
 EINVAL. Programs that rely on it must be told so (dd: conv=notrunc, if seek= is given; qemu-img convert: -n).
-Writing behind the end is ENOSPC. fsync reaches the device's medium, and so does the close of a file that was written
-to. When the device is gone, everything is ENODEV.
+Writing behind the end is ENOSPC. There is no fallocate, because pyfuse3 has no handler for it. fsync reaches the
+device's medium, and so does the close of a file that was written to. When the device is gone, everything is ENODEV.
 """
 
 import errno
@@ -250,8 +250,8 @@ class BlockFiles(pyfuse3.Operations):
         file.opens += 1
         number = next(self._numbers)
         self._handles[number] = handle
-        # Not keep_cache: somebody else may have written since, by another name or over NBD.
-        return FileInfo(fh=number)
+        # Somebody else may have written since, by another name or over NBD.
+        return FileInfo(fh=number, keep_cache=False)
 
     async def _connect(self, file: File, *, claim: bool) -> BlockClient:
         client = await BlockClient.open(self._uri, file.export, claim=claim, timeout=self._timeout)

@@ -28,8 +28,9 @@ log = logging.getLogger("usb_storage")
 MASS_STORAGE, BULK_ONLY = 0x08, 0x50
 SUBCLASSES = {0x06: 0, 0x05: 12, 0x02: 12, 0x01: 0, 0x04: 12}  # command set -> to how many bytes commands are filled up
 POLL = 2.0  # seconds between looks at a removable medium that nobody asks for anything
-SUPER_SPEED = 5
-DEFAULT_TRANSFER = {False: 240 * 512, True: 1 << 20}  # bytes in one command, as Linux has found devices to take
+SUPER_SPEED = 4  # as pyusb counts
+# Bytes in one command, for slower and for SuperSpeed devices: what macOS asks of them, so they know it.
+DEFAULT_TRANSFER = {False: 128 << 10, True: 1 << 20}
 
 
 class Unit(BlockUnit):
@@ -87,7 +88,8 @@ class UsbStorage(UsbDriver):
         self._engine.close()
 
     async def units(self) -> Mapping[str, BlockUnit]:
-        await self._engine.run(self._look)
+        if self._unseen:
+            await self._engine.run(self._look)
         first = min(self._units, default=0)
         return {"" if lun == first else f"lun{lun}": unit for lun, unit in self._shown.items()}
 

@@ -1,7 +1,8 @@
 """The one thread that talks to the device, and how the driver's tasks ask it for something.
 
 Owns: the thread and the order of the jobs: as they come, one after another. The next one begins as soon as the one
-before is done, without a turn of the driver's loop in between. Must never: drop a job: each is answered once.
+before is done, without a turn of the driver's loop in between. Must never: drop a job that
+is not cancelled: each is answered once.
 Called by: driver.py.
 """
 
@@ -21,7 +22,7 @@ log = logging.getLogger("usb_storage")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_Job = tuple[Callable[[], Any], trio.lowlevel.Task]
+_Job = tuple[list[Callable[[], Any]], trio.lowlevel.Task]  # whoever takes the function out of the list has the job
 
 
 class Engine:
@@ -39,9 +40,14 @@ class Engine:
         self._thread.start()
 
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a job in the thread. Cannot be cancelled: a command that has begun is ended by its own time-outs."""
-        self._jobs.put((lambda: job(*args, **kwargs), trio.lowlevel.current_task()))
-        result: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        """Run a job in the thread. Once it has begun only its own time-outs end it: it has the caller's data."""
+        function = [lambda: job(*args, **kwargs)]
+
+        def abort(_: Any) -> trio.lowlevel.Abort:
+            return trio.lowlevel.Abort.SUCCEEDED if _take(function) else trio.lowlevel.Abort.FAILED
+
+        self._jobs.put((function, trio.lowlevel.current_task()))
+        result: T = await trio.lowlevel.wait_task_rescheduled(abort)
         return result
 
     def tell(self, function: Callable[[], object]) -> None:
@@ -65,7 +71,10 @@ class Engine:
                 continue
             if job is None:
                 return
-            function, task = job
+            holder, task = job
+            function = _take(holder)
+            if function is None:
+                continue  # cancelled
             result = outcome.capture(function)
             self.tell(lambda task=task, result=result: trio.lowlevel.reschedule(task, result))  # type: ignore[misc]
             if self._jobs.empty():
@@ -77,3 +86,10 @@ class Engine:
         except Exception:
             log.exception("what is done between commands failed")
             return None
+
+
+def _take(holder: list[Callable[[], Any]]) -> Callable[[], Any] | None:
+    try:
+        return holder.pop()
+    except IndexError:
+        return None

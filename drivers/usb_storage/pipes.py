@@ -7,6 +7,7 @@ Must never: know what is transferred. Called by: transport.py, in one thread.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import usb.core
@@ -35,6 +36,9 @@ class Pipes(Protocol):
     def submit(self, endpoint: int, data: Any) -> Pending:
         """Begin a transfer of a buffer; one to read into belongs to the transfer until it is over."""
 
+    def submit_all(self, transfers: Sequence[tuple[int, Any]]) -> list[Pending]:
+        """Begin several, in this order."""
+
     def control_out(self, request_type: int, request: int, value: int, index: int) -> None:
         """A control transfer without data."""
 
@@ -58,6 +62,9 @@ class OneByOne:
 
     def submit(self, endpoint: int, data: Any) -> Pending:
         return _Later(self._device, endpoint, data)
+
+    def submit_all(self, transfers: Sequence[tuple[int, Any]]) -> list[Pending]:
+        return [self.submit(endpoint, data) for endpoint, data in transfers]
 
     def control_out(self, request_type: int, request: int, value: int, index: int) -> None:
         self._device.ctrl_transfer(request_type, request, value, index, None, int(CONTROL_TIMEOUT * 1000))
@@ -91,7 +98,7 @@ class _Later:
 
 
 class Queued(OneByOne):
-    """A connection that has many transfers under way at once (`submit(endpoint, buffer)`); the rest is pyusb's."""
+    """A connection that has many transfers under way at once (`submit`, `submit_all`); the rest is pyusb's."""
 
     queues = True
 
@@ -101,6 +108,10 @@ class Queued(OneByOne):
 
     def submit(self, endpoint: int, data: Any) -> Pending:
         pending: Pending = self._connection.submit(endpoint, data)
+        return pending
+
+    def submit_all(self, transfers: Sequence[tuple[int, Any]]) -> list[Pending]:
+        pending: list[Pending] = self._connection.submit_all(transfers)
         return pending
 
 

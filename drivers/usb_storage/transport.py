@@ -13,6 +13,7 @@ next commands go one transfer at a time, for longer after each such end.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import usb.core
@@ -125,7 +126,7 @@ class Transport:
             raise TransportFault("the device could not be reset a moment ago", is_dead=True)
         for step in (self._class_reset, self._port_reset):
             try:
-                step()
+                self._tolerate_stall(step) if is_first else step()
                 self._pipes.clear_halt(self._in)
                 self._pipes.clear_halt(self._out)
             except usb.core.USBError as exc:
@@ -134,11 +135,18 @@ class Transport:
                 if step == self._port_reset:
                     self._dead_until = time.monotonic() + DEAD_PAUSE
                     raise TransportFault(f"the device cannot be reset: {exc}", is_dead=True) from exc
-                if is_first and outcome_of(exc) is Outcome.STALL:
-                    break  # it does not know the request, and has no error to recover from
             else:
                 break
         self._is_broken = False
+
+    @staticmethod
+    def _tolerate_stall(step: Callable[[], None]) -> None:
+        """A device that does not know the request may have no error to recover from."""
+        try:
+            step()
+        except usb.core.USBError as exc:
+            if outcome_of(exc) is not Outcome.STALL:
+                raise
 
     def _class_reset(self) -> None:
         self._pipes.control_out(wire.CLASS_OUT, wire.RESET, 0, self._interface)
@@ -181,15 +189,14 @@ class _Run:
 
     def go(self, queues: bool) -> wire.Csw:
         """From the CBW to a valid CSW."""
-        command = self._begin(self._out, self._cbw)
         data = status = None
         if queues:
-            data = self._begin_data()
-            status = self._begin(self._in, self._csw)
+            command, data, status = self._begin_all()
+        else:
+            command = self._begin(self._out, self._cbw)
         self._go_on(wire.after_command(self._finish(command)[0]), "sending the command")
         if self._length:
-            data = data or self._begin_data()
-            assert data is not None
+            data = data or self._begin(self._data_endpoint, self._data)
             outcome, self.received = self._finish(data)
             csw = self._status_instead_of_data() if outcome is Outcome.OK else None
             if csw is not None:
@@ -242,17 +249,26 @@ class _Run:
         return csw
 
     def _begin(self, endpoint: int, data: object) -> Pending:
+        return self._submit([(endpoint, data)])[0]
+
+    def _begin_all(self) -> tuple[Pending, Pending | None, Pending]:
+        stages: list[tuple[int, object]] = [(self._out, self._cbw), (self._in, self._csw)]
+        if not self._length:
+            command, status = self._submit(stages)
+            return command, None, status
+        stages.insert(1, (self._data_endpoint, self._data))
+        command, data, status = self._submit(stages)
+        return command, data, status
+
+    def _submit(self, transfers: list[tuple[int, object]]) -> list[Pending]:
         try:
-            pending = self._pipes.submit(endpoint, data)
+            pending = self._pipes.submit_all(transfers)
         except usb.core.USBError as exc:
             if outcome_of(exc) is Outcome.GONE:
                 raise DeviceGone(str(exc)) from exc
             raise _Lost(f"a transfer is refused: {exc}") from exc
-        self._flight.append(pending)
+        self._flight += pending
         return pending
-
-    def _begin_data(self) -> Pending | None:
-        return self._begin(self._data_endpoint, self._data) if self._length else None
 
     def _finish(self, pending: Pending) -> tuple[Outcome, int]:
         try:

@@ -116,6 +116,26 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_an_open_shows_what_others_have_written(tmp_path: Path) -> None:
+    """The pages of a file were kept from one open to the next: what was written to a partition did not show."""
+    disk = Memory(4 * MIB)
+
+    class Part(Memory):
+        """Half of the disk."""
+
+        def __init__(self) -> None:
+            super().__init__(2 * MIB)
+            self.data = disk.data
+
+    with mounted({"": disk, "part1": Part()}, tmp_path) as d:
+        assert (d / "disk").read_bytes() == bytes(4 * MIB)
+        with open(d / "part1", "r+b") as part:
+            part.write(b"x" * MIB)
+        assert (d / "disk").read_bytes() == b"x" * MIB + bytes(3 * MIB)
+        disk.data[:MIB] = b"y" * MIB  # over NBD
+        assert (d / "part1").read_bytes() == b"y" * MIB + bytes(MIB)
+
+
 def test_many_small_writes_by_one_descriptor_and_readers_beside(tmp_path: Path) -> None:
     disk = Memory(MIB, 512)
     with mounted({"": disk}, tmp_path) as d, open(d / "disk", "r+b", buffering=0) as file:
@@ -238,6 +258,37 @@ def test_ext4_is_made_checked_and_filled_on_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == (tmp_path / "text").read_bytes()
     (tmp_path / "image").write_bytes(disk.data)
     subprocess.run([str(tool("e2fsck")), "-f", "-n", str(tmp_path / "image")], check=True, capture_output=True)
+
+
+def test_fuse2fs_serves_a_filesystem_from_a_file(tmp_path: Path) -> None:
+    need("mkfs.ext4", "e2fsck", "fuse2fs")
+    disk = Memory(32 * MIB)
+    data = os.urandom(3 * MIB)
+    (tmp_path / "ext").mkdir()
+    with mounted({"": disk}, tmp_path) as d:
+        subprocess.run([str(tool("mkfs.ext4")), "-q", "-F", str(d / "disk")], check=True, capture_output=True)
+        subprocess.run(["fuse2fs", str(d / "disk"), str(tmp_path / "ext"), "-o", "fakeroot"], check=True)
+        try:
+            (tmp_path / "ext" / "file").write_bytes(data)
+            with pytest.raises(OSError) as caught:
+                (d / "disk").write_bytes(b"x")
+            assert caught.value.errno == errno.EBUSY, "what is mounted is written to by nobody else"
+            assert (tmp_path / "ext" / "file").read_bytes() == data
+        finally:
+            subprocess.run(["umount", str(tmp_path / "ext")], check=True)
+        # fuse2fs ends a moment after its mount.
+        _until(lambda: not _users(d / "disk"))
+        subprocess.run([str(tool("e2fsck")), "-f", "-n", str(d / "disk")], check=True, capture_output=True)
+
+
+def _users(path: Path) -> list[str]:
+    """Processes that have a file open."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(path):
+                found.append(str(link))
+    return found
 
 
 def test_sfdisk_partitions_a_file(tmp_path: Path) -> None:

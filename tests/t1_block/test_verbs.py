@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import random
+import socket
 
 import pytest
 import trio
 
-from tests.t1_block.lab import MIB, Memory, Sparse, connected
-from udf import BlockDriver, DeviceGone, Extent
+from tests.t1_block.lab import MIB, Memory, Sparse, connected, serving, uri
+from udf import BlockClient, BlockDriver, DeviceGone, Extent
+from udf.block import wire
+from udf.block.server import Server
 
 
 async def test_what_was_written_is_read_again() -> None:
@@ -280,3 +283,68 @@ async def test_a_unit_may_be_a_class_with_one_verb() -> None:
         assert client.read_only
         assert client.size == 1 << 40
         assert await client.read((1 << 40) - 3, 3) == bytes(3)
+
+
+@pytest.mark.parametrize(("size", "block"), [(-1, 512), (1 << 64, 512), (4096, 0), (4096, -1), (None, 512), (1.5, 512)])
+async def test_a_unit_that_makes_no_sense_is_refused_and_reported(size: object, block: object) -> None:
+    unit = Memory()
+    unit.size, unit.block_size = size, block  # type: ignore[assignment]
+    with pytest.raises(OSError, match="does not tell what it has"):
+        await connect_to(unit, reported := [])
+    assert reported == ["units"]
+
+
+async def connect_to(driver: BlockDriver, reported: list[str]) -> None:
+    """Connect and leave; what is reported meanwhile."""
+    ours, theirs = socket.socketpair()
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        server = Server(driver.units, report=lambda *what: reported.append(what[0]))
+        nursery.start_soon(server.serve, theirs)
+        try:
+            await (await BlockClient.on(ours)).aclose()
+        except Exception as exc:
+            failure = exc
+    if failure is not None:
+        raise failure
+
+
+async def test_units_that_cannot_be_told_are_an_error_and_not_a_crash() -> None:
+    class Dead(Memory):
+        error: BaseException = OSError(errno.EIO, "no answer")
+
+        async def units(self) -> dict[str, Memory]:
+            raise self.error
+
+    reported: list[str] = []
+    driver = Dead()
+    for error, seen in ((OSError(errno.EIO, "no"), OSError), (DeviceGone("gone"), DeviceGone), (KeyError(), OSError)):
+        driver.error = error
+        with pytest.raises(seen):
+            await connect_to(driver, reported)
+    assert reported == ["units"]
+
+
+async def test_a_client_that_never_pauses_does_not_starve_others() -> None:
+    unit = Memory()
+    async with serving(unit) as path:
+        flood = await trio.open_unix_socket(str(path))
+        async with flood, trio.open_nursery() as nursery:
+
+            async def drain() -> None:
+                async for _ in flood:
+                    pass
+
+            nursery.start_soon(drain)
+            await flood.send_all(wire.CLIENT_FLAGS.pack(3) + wire.pack_option(wire.OPT_GO, wire.pack_go("")))
+
+            async def pour() -> None:
+                while True:
+                    await flood.send_all(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, wire.CMD_CACHE, 0, 0, 512) * 2000)
+
+            nursery.start_soon(pour)
+            async with await BlockClient.open(uri(path)) as client:
+                for _ in range(50):
+                    await client.write(0, b"x")
+            nursery.cancel_scope.cancel()
+    assert unit.data[:1] == b"x"

@@ -119,6 +119,10 @@ class Raw:
 
 def connected(bus: Emulator, plugged: Plugged, configuration: int = 1) -> Raw:
     raw = Raw(bus.connect(plugged), plugged.devid)
-    if configuration:
-        raw.configure(configuration)
+    try:
+        if configuration:
+            raw.configure(configuration)
+    except BaseException:
+        raw.sock.close()
+        raise
     return raw

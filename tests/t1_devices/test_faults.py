@@ -142,6 +142,17 @@ def test_delayed_transfer_holds_back_its_endpoint_only() -> None:
         assert time.monotonic() - begin >= 0.2
 
 
+def test_late_delay_means_that_the_device_has_done_it_and_keeps_the_order() -> None:
+    device = Loopback()
+    with Emulator() as bus, connected(bus, bus.plug(device, faults=["delay ep=4 late=yes at=1 ms=200"])) as raw:
+        first, second = raw.submit(4, b"12345"), raw.submit(4, b"6")
+        raw.control(0x80, 8, data=1)
+        assert device.sunk == 5
+        assert not raw.answers
+        assert raw.wait(second).status == 0
+        assert first in raw.answers
+
+
 @pytest.mark.parametrize("late", ["", " late=yes"])
 def test_unplug_at_a_transfer_ends_the_connection_there(late: str) -> None:
     device = Loopback()

@@ -150,6 +150,11 @@ def test_every_model_is_made_plugged_and_described(model: str) -> None:
             assert raw.control(0x80, 8, data=1) == b"\x01"
 
 
+def test_text_that_no_key_writes_is_refused() -> None:
+    with pytest.raises(UserError, match="no key writes 'é'"):
+        make("keyboard", {"text": "é"})
+
+
 def test_model_that_does_not_exist_is_one_sentence() -> None:
     with pytest.raises(UserError, match="There is no device model 'toaster'; there are thermometer"):
         make("toaster", {})

@@ -371,6 +371,8 @@ def test_image_is_locked_while_its_stick_is_there(tmp_path: Path) -> None:
         ({"size": "much"}, "size=much is wrong"),
         ({"bad": "x"}, "bad=x is not like"),
         ({"read_only": "maybe"}, "neither yes nor no"),
+        ({"size": "1" + "0" * 30}, "cannot be made"),
+        ({"vendor": "0x12345"}, "vendor is a number of 16 bits"),
         ({"colour": "red"}, "no option 'colour'"),
         ({"size": []}, "neither text nor a number"),
     ],

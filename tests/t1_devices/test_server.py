@@ -527,6 +527,7 @@ def test_process_ends_with_its_control_connection(python: str, runtime_dir: Path
     [
         (["--socket", "/nonexistent/s"], "cannot serve on /nonexistent/s: No such file or directory."),
         (["--socket", "{dir}/s", "--plug", "toaster"], "There is no device model 'toaster'"),
+        (["--socket", "{dir}/s", "--control", "77"], "--control 77: Bad file descriptor."),
         (["--socket", "{dir}/s", "--listen", "here"], "'here' is not HOST:PORT"),
     ],
 )

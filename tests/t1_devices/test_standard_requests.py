@@ -277,3 +277,17 @@ def test_push_from_any_thread_reaches_who_waits() -> None:
 def test_unknown_keyword_is_refused() -> None:
     with pytest.raises(TypeError, match="no option 'colour'"):
         Lamp(colour="red")
+
+
+def test_data_toggle_follows_the_packets_and_begins_anew() -> None:
+    device = Loopback()
+    with Emulator() as bus, connected(bus, bus.plug(device)) as raw:
+        for length, toggle in ((1, 1), (512, 0), (513, 0), (0, 1), (1024, 1)):
+            raw.write(4, bytes(length))
+            assert device.toggle(4) == toggle
+        raw.clear_halt(4)
+        assert device.toggle(4) == 0
+        raw.read(0x84, 512)
+        assert device.toggle(0x84) == 1
+        raw.control(0x01, 11, 0, 1)
+        assert device.toggle(0x84) == 0

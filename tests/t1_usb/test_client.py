@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import logging
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import usb.core
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.t1_usb.peer import Answer, echo, scripted, silent
 from udf.usb import client, table, usbip
+from udf.usb.client import Connection
 
 LIE = b"\xee" * usbip.URB_SIZE
 
@@ -323,6 +329,36 @@ def test_the_number_of_transfers_under_way_is_bounded(monkeypatch: pytest.Monkey
         with pytest.raises(usb.core.USBError) as caught:
             connection.submit(0x81, 1)
         assert caught.value.errno == errno.ENOMEM
+
+
+HEADERS = st.builds(
+    usbip.RET_SUBMIT.pack,
+    st.sampled_from([0, 1, 2, 3, 3, 3, 4, 99]),
+    st.integers(0, 4),
+    *[st.integers(0, 2)] * 3,
+    st.sampled_from([0, -32, -104, -(2**31)]),
+    st.sampled_from([0, 1, 7, 8, 9, -1, 2**31 - 1]),
+    st.integers(0, 2),
+    st.sampled_from([0, 0, -1, 2, 3]),
+    st.integers(0, 2),
+)
+
+
+@settings(max_examples=150)
+@given(st.lists(st.one_of(HEADERS, st.binary(max_size=60)), max_size=5), st.booleans())
+def test_whatever_a_peer_says_nothing_hangs_and_only_usb_errors_come(noise: list[bytes], alone: bool) -> None:
+    ours, theirs = socket.socketpair()
+    logging.disable(logging.WARNING)  # what it is told about each lie is another test's
+    try:
+        with theirs, Connection(ours) as connection:
+            transfers = [] if alone else [connection.submit(0x81, 8), connection.submit(0x81, 8, packets=[4, 4])]
+            theirs.sendall(b"".join(noise))
+            theirs.shutdown(socket.SHUT_WR)
+            for wait in [partial(connection.move, 0x81, bytearray(8), 2000), *(t.wait for t in transfers)]:
+                with contextlib.suppress(usb.core.USBError):
+                    assert 0 <= wait() <= 8
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_isochronous_packets_are_put_where_they_belong() -> None:

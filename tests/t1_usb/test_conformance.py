@@ -10,7 +10,7 @@ import pytest
 from udf.testing.devices import Emulator
 from udf.testing.devices.loopback import Loopback
 from udf.testing.usb_conformance import Bench, UsbConformance
-from udf.usb import operations
+from udf.usb import operations, remote
 from udf.usb.bus import Bus
 from udf.usb.operations import Address
 from udf.usb.remote import UsbipBus
@@ -44,6 +44,8 @@ class TestPolledOverTcp(UsbConformance):
     def _unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # The server closes the connection on an operation that it does not know, as usbipd does.
         monkeypatch.setattr(operations, "REQUEST_WATCH", 0x80FE)
+        monkeypatch.setattr(remote, "POLL_SECONDS", 0.1)
+        monkeypatch.setattr(remote, "BACK_IN_LIST", 0.2)
 
     @contextmanager
     def bench(self) -> Iterator[Bench]:

@@ -66,6 +66,19 @@ def test_a_configuration_keeps_alternates_endpoints_and_class_descriptors_apart(
     assert found.interface(7) is None
 
 
+def test_interfaces_that_belong_together_are_one_function() -> None:
+    found = d.parse_configuration(CDC)
+    assert found.function(0) == found.function(1) == {0, 1}, "an association says so"
+    union = configuration(
+        interface(0), interface(2, cls=2), b"\x05\x24\x06\x02\x03", interface(3, cls=10), interfaces=3
+    )
+    found = d.parse_configuration(union)
+    assert found.function(2) == found.function(3) == {2, 3}, "a union says so"
+    assert found.function(0) == {0}
+    lying = configuration(b"\x08\x0b\xff\xff\x02\x02\x01\x00", b"\x02\x0b", interface(0), interfaces=1)
+    assert d.parse_configuration(lying).function(0) == {0}
+
+
 def test_a_high_bandwidth_endpoint_carries_up_to_three_packets_in_a_microframe() -> None:
     assert d.Endpoint(0x81, 1, 0x1400, 1).packet_bytes == 3 * 1024
     assert d.Endpoint(0x81, 1, 0x0040, 1).packet_bytes == 64
@@ -118,6 +131,7 @@ def test_no_bytes_make_the_parsers_raise_anything_else(data: bytes) -> None:
         lenient = d.parse_configuration(attempt, lenient=True)
         assert len(lenient.interfaces) <= d.MAX_INTERFACES
         assert all(len(each.endpoints) <= d.MAX_ENDPOINTS for each in lenient.all_interfaces())
+        assert lenient.function(0) <= {0, *(each.number for each in lenient.all_interfaces())}
         d.parse_string(attempt)
         d.parse_languages(attempt)
         d.total_length(attempt)

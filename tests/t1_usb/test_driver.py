@@ -22,7 +22,7 @@ from udf.testing.devices.server import describe
 from udf.testing.devices.thermometer import Thermometer
 from udf.usb import backend as udf_backend
 from udf.usb.operations import Watched
-from udf.usb.remote import _watched
+from udf.usb.present import watched
 from udf.usb.transfers import Blocking, Transfers
 
 OUT, IN = 0x40, 0xC0
@@ -33,14 +33,14 @@ def driver_of(device: Device | None = None, cls: type[UsbDriver] = UsbDriver) ->
     """A driver as its host makes it: the device is there before `__init__` runs."""
     with Emulator() as emulator:
         plugged = emulator.plug(device or Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
         driver = cls.__new__(cls)
         driver.device, driver.usb = open_device(emulator.connect(plugged), spec)
         driver.__init__()  # type: ignore[misc]
         try:
             yield driver, plugged
         finally:
-            driver.usb._connection.close()
+            driver.usb.connection.close()
             udf_backend.uninstall()
 
 
@@ -150,7 +150,7 @@ def test_unplug_is_device_gone_for_every_transfer_and_an_event() -> None:
 def test_a_device_that_is_gone_before_it_is_opened_is_device_gone() -> None:
     with Emulator() as emulator:
         plugged = emulator.plug(Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
         sock = emulator.connect(plugged)
         plugged.unplug()
         try:

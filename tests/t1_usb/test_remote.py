@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -43,6 +44,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "SLOWEST_POLL", 0.05)
     monkeypatch.setattr(remote, "WATCH_TIMEOUT", 0.2)
     monkeypatch.setattr(remote, "RETRY_DESCRIBE", 0.05)
+    monkeypatch.setattr(remote, "RELEASED", 0.5)
     monkeypatch.setattr(operations, "OPERATION_TIMEOUT", 0.3)
     monkeypatch.setattr(operations, "REQUEST_TIMEOUT", 0.2)
 
@@ -56,6 +58,11 @@ async def running(address: Address | str) -> AsyncIterator[tuple[UsbipBus, Chang
             await nursery.start(bus.run, changes.changed)
         yield bus, changes
         nursery.cancel_scope.cancel()
+
+
+def let_go(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_RDWR)  # the bus has a duplicate, so closing alone would end nothing
+    sock.close()
 
 
 def record(busid: str = "1-1", devnum: int = 2, **changes: Any) -> usbip.DeviceRecord:
@@ -86,7 +93,14 @@ class Server:
         self.answers = True
         self.noise = b""
         self.imported: set[str] = set()
-        self.imports = 0
+        self.refusals: list[int] = []
+        self._listed = trio.Event()
+
+    async def lists(self, number: int) -> None:
+        """Until it has been asked for its list so many times more."""
+        with trio.fail_after(10):
+            for _ in range(number):
+                await self._listed.wait()
 
     async def handle(self, stream: trio.SocketStream) -> None:
         try:
@@ -104,19 +118,21 @@ class Server:
         shown = [each for each in self.records if each.busid not in self.imported]
         head = usbip.OPERATION.pack(usbip.VERSION, usbip.REPLY_DEVLIST, 0) + usbip.COUNT.pack(len(shown))
         await stream.send_all(head + b"".join(each.pack(interfaces=True) for each in shown))
+        self._listed.set()
+        self._listed = trio.Event()
 
     async def _import(self, stream: trio.SocketStream) -> None:
         raw = await operations.receive_exactly(stream, usbip.BUSID_SIZE)
         busid = raw.rstrip(b"\0").decode()
         found = next((each for each in self.records if each.busid == busid), None)
         status = usbip.ST_NODEV if found is None else usbip.ST_DEV_BUSY if busid in self.imported else usbip.ST_OK
+        status = self.refusals.pop() if self.refusals else status
         reply = usbip.OPERATION.pack(usbip.VERSION, usbip.REPLY_IMPORT, status)
         if found is None or status:
             await stream.send_all(reply)
             return
         await stream.send_all(reply + found.pack(interfaces=False))
         self.imported.add(busid)
-        self.imports += 1
         try:
             while True:
                 submit = usbip.unpack_submit(await operations.receive_exactly(stream, usbip.URB_SIZE))
@@ -188,10 +204,10 @@ async def test_an_imported_device_is_present_although_its_server_hides_it(hasty:
     async with serving(server.handle) as address, running(address) as (bus, changes):
         key = (await changes.one()).key
         sock = await bus.open(key)
-        await trio.sleep(0.3)  # several lists without it
+        await server.lists(4)
         assert list(bus.devices()) == [key]
-        sock.close()
-        await trio.sleep(0.3)
+        let_go(sock)
+        await server.lists(6)
         assert list(bus.devices()) == [key], "it was only let go, not pulled"
 
 
@@ -232,7 +248,7 @@ async def test_the_configuration_is_known_anew_at_each_open(hasty: None) -> None
         device = await changes.one()
         assert device.configuration == 0
         server.records[:] = [record(configuration=1)]
-        (await bus.open(device.key)).close()
+        let_go(await bus.open(device.key))
         assert bus.devices()[device.key].configuration == 1
 
 
@@ -278,17 +294,48 @@ async def test_a_device_that_somebody_else_uses_is_met_when_it_is_free(hasty: No
             await trio.aclose_forcefully(other)
 
 
+async def test_a_server_that_needs_a_moment_after_an_import_is_waited_for(hasty: None) -> None:
+    server = Server(record())
+    async with serving(server.handle) as address, running(address) as (bus, changes):
+        key = (await changes.one()).key
+        for status in (usbip.ST_DEV_BUSY, usbip.ST_DEV_ERR):
+            server.refusals = [status] * 3
+            let_go(await bus.open(key))
+            assert not server.refusals
+        server.refusals = [usbip.ST_DEV_ERR] * 1000
+        with pytest.raises(OSError, match="does not give") as caught:
+            await bus.open(key)
+        assert caught.value.errno == errno.EIO
+
+
 async def test_a_server_that_is_not_there_is_found_when_it_comes(hasty: None, runtime_dir: Path) -> None:
     path = str(runtime_dir / "usbip.sock")
     async with running(path) as (bus, changes):
         assert not bus.devices()
         with Emulator(path) as emulator:
             emulator.plug(Loopback())
-            await changes.one()
+            first = (await changes.one()).key
         await changes.until(lambda: not bus.devices())
         with Emulator(path) as emulator:
             emulator.plug(Loopback())
-            await changes.one()
+            assert (await changes.one()).key != first, "another life of the server, another arrival"
+
+
+async def test_a_watched_server_that_only_cut_us_off_has_the_same_devices(hasty: None, runtime_dir: Path) -> None:
+    with Emulator(runtime_dir / "s") as emulator:
+        plugged = emulator.plug(Loopback())
+        async with running(emulator.path) as (bus, changes):
+            key = (await changes.one()).key
+            sock = await bus.open(key)
+            emulator.loop.call(lambda: [each.close() for each in list(emulator.clients) if each.watches])
+            second = emulator.plug(Loopback(), "second")
+            await changes.until(lambda: len(bus.devices()) == 2)
+            assert key in bus.devices()
+            second.unplug()
+            await changes.until(lambda: len(bus.devices()) == 1)
+            await trio.to_thread.run_sync(plugged.unplug)
+            await changes.until(lambda: not bus.devices())
+            sock.close()
 
 
 @pytest.mark.usefixtures("unwatchable")

@@ -16,7 +16,7 @@ import usb.core
 
 from tests.t1_usb.peer import Peer, echo
 from udf.messages import DeviceSpec
-from udf.testing.devices import Emulator, Plugged
+from udf.testing.devices import BulkIn, BulkOut, Configuration, Device, Emulator, Interface, InterruptIn, Plugged
 from udf.testing.devices.loopback import Loopback, Request
 from udf.testing.devices.server import describe
 from udf.testing.usb_conformance import IN, LOOP_IN, LOOP_OUT, SINK, SOURCE, fails
@@ -24,15 +24,15 @@ from udf.usb import usbip
 from udf.usb.backend import Backend
 from udf.usb.client import Connection
 from udf.usb.operations import Watched
-from udf.usb.remote import _watched
+from udf.usb.present import watched
 from udf.usb.share import Share
 
 
 @contextmanager
-def shared() -> Iterator[tuple[Share, Plugged, DeviceSpec]]:
+def shared(device: Device | None = None) -> Iterator[tuple[Share, Plugged, DeviceSpec]]:
     with Emulator() as emulator:
-        plugged = emulator.plug(Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        plugged = emulator.plug(device or Loopback())
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
         share = Share(emulator.connect(plugged), spec)
         try:
             yield share, plugged, spec
@@ -151,6 +151,36 @@ def test_a_drivers_death_frees_its_interface_and_takes_back_what_it_had_asked() 
         assert len(other.read(SOURCE, 512)) == 512
 
 
+class Modem(Device):
+    """Two interfaces that are one function, and a third that is not."""
+
+    vendor, product = 0x1209, 0x7E52
+    configured = 1
+    configurations = [
+        Configuration(
+            [
+                Interface(2, 2, 1, [InterruptIn(3)], extra=bytes([5, 0x24, 6, 0, 1])),
+                Interface(10, 0, 0, [BulkIn(1), BulkOut(1)]),
+                Interface(0xFF, 0, 0, [BulkIn(2), BulkOut(2)]),
+            ]
+        )
+    ]
+
+    def on_out(self, endpoint: int, data: bytes) -> None:
+        self.push(endpoint, data)
+
+
+def test_a_driver_has_the_interfaces_that_belong_to_its_own() -> None:
+    with shared(Modem()) as (share, _, spec), driver(share, spec, 0) as (_, modem):
+        modem.write(0x01, b"AT")
+        assert modem.read(0x81, 64).tobytes() == b"AT"
+        with pytest.raises(OSError, match="in use"):
+            share.connect(1)
+        fails(errno.EBUSY, -6, modem.write, 0x02, b"no")
+        with driver(share, spec, 2) as (_, other):
+            assert other.write(0x02, b"yes") == 3
+
+
 def test_an_interface_that_does_not_exist_cannot_be_had() -> None:
     with shared() as (share, _, _spec):
         with pytest.raises(OSError, match="no interface 5") as caught:
@@ -185,7 +215,7 @@ def test_a_server_that_lies_to_a_share_ends_all_of_it(caplog: pytest.LogCaptureF
     peer = Peer(theirs, echo)
     with Emulator() as emulator:
         plugged = emulator.plug(Loopback())
-        spec = _watched(msgspec.convert(describe(plugged), Watched)).spec()
+        spec = watched(msgspec.convert(describe(plugged), Watched)).spec()
     spec = msgspec.structs.replace(spec, configuration=1)
     share = Share(ours, spec)
     with Connection(share.connect(0)) as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -111,3 +112,18 @@ def test_a_new_partition_table_is_read_when_its_writer_has_gone(runtime_dir: Pat
         with pytest.raises(FileNotFoundError):
             Client(shim.path, "part1")
         assert disk.read_bytes()[MIB : MIB + 512] == b"x" * 512
+
+
+def test_a_table_counts_in_the_blocks_of_its_device(runtime_dir: Path, disk: Path) -> None:
+    sector = bytearray(4096)
+    struct.pack_into("<B3xB3xII", sector, 446, 0, 0x83, 256, 256)
+    sector[510:512] = b"\x55\xaa"
+    disk.write_bytes(sector + bytes(4 * MIB - 4096))
+    with serving(runtime_dir, Driver("disk", disk, "min:4096")) as shim:
+        assert [(one["name"], one["offset"], one["size"], one["block_size"]) for one in shim.exports] == [
+            ("disk", 0, 4 * MIB, 4096),
+            ("part1", MIB, MIB, 4096),
+        ]
+        with Client(shim.path) as client:
+            client.write(5, b"hello")  # the driver's side takes any byte
+            assert client.read(4, 7) == b"\0hello\0"

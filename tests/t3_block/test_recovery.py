@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import random
-import subprocess
-import threading
+import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.t3_block.lab import LONG, MIB, Client, Driver, NbdError, Shim, serving
+from tests.t3_block.lab import LONG, MIB, Client, Driver, NbdError, serving
 from udf.block import wire
 
 
@@ -35,49 +34,6 @@ def test_a_request_that_was_under_way_is_answered_by_the_next_generation(runtime
             assert {error for _, error, _ in answers} == {0}
             assert client.read(8192, 4096) == bytes([len(verb + done)]) * 4096
             assert shim.stop() == 0
-
-
-def test_what_was_not_flushed_is_written_again_and_in_order(runtime_dir: Path, disk: Path) -> None:
-    """The medium loses its cache with each of its drivers, as a stick does when it is pulled out."""
-    with serving(runtime_dir, Driver("disk", disk, "cache")) as shim, Client(shim.path) as client:
-        client.write(0, b"a" * 8192)
-        client.flush()
-        client.write(0, b"b" * 4096)
-        client.write(2048, b"c" * 4096)
-        client.zero(512, 512)
-        client.write(MIB, b"d" * 100 * 1024)
-        assert disk.read_bytes()[:8192] == b"a" * 8192
-        expected = b"b" * 512 + bytes(512) + b"b" * 1024 + b"c" * 4096 + b"a" * 2048
-        assert client.read(0, 8192) == expected
-        shim.send("detach")
-        with pytest.raises(NbdError) as caught:
-            client.read(0, 512)
-        assert caught.value.number == wire.ESHUTDOWN
-        second = Driver("disk", disk, "cache")
-        shim.attach(second)
-        shim.expect("attached")
-        assert client.read(0, 8192) == expected
-        client.flush()
-        assert disk.read_bytes()[:8192] == expected
-        assert disk.read_bytes()[MIB : MIB + 100 * 1024] == b"d" * 100 * 1024
-        assert shim.counters()["kept_bytes"] == 0
-
-
-def test_a_flush_is_not_acknowledged_once_a_write_before_it_is_lost(runtime_dir: Path, disk: Path) -> None:
-    driver = Driver("disk", disk, "cache")
-    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
-        client.write(0, b"a" * 512)
-        driver.kill()
-        shim.expect("link_lost")
-        second = Driver("disk", disk, "cache", "fail:write:1")
-        shim.attach(second)
-        shim.expect("attached")
-        assert "written again" in shim.expect("fault")["error"]
-        for _ in range(2):
-            with pytest.raises(NbdError):
-                client.flush()
-        with Client(shim.path) as other:
-            other.flush()
 
 
 def test_a_medium_of_another_size_is_another_medium(runtime_dir: Path, disk: Path) -> None:
@@ -215,98 +171,74 @@ def test_unplugged_at_any_request_everything_that_waits_ends_at_once(runtime_dir
         assert shim.stop() == 0
 
 
-class Killer(threading.Thread):
-    """Kills one driver after the other, and is the supervisor that starts the next one."""
-
-    def __init__(self, shim: Shim, driver: Driver, start: object, seconds: float) -> None:
-        super().__init__()
-        self.shim, self.driver, self.new, self.seconds = shim, driver, start, seconds
-        self.deaths = 0
-        self.error: BaseException | None = None
-        self.enough = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        try:
-            while not self.enough.wait(self.seconds):
-                self.driver.kill()
-                self.shim.expect("link_lost")
-                self.deaths += 1
-                self.driver = self.new()  # type: ignore[operator]
-                self.shim.attach(self.driver, self.deaths + 1)
-                self.shim.expect("attached")
-        except BaseException as error:
-            self.error = error
-
-    def finish(self) -> None:
-        self.enough.set()
-        self.join(LONG)
-        self.driver.kill()
-        assert self.error is None
-        assert self.deaths > 0
+def test_units_come_and_go_while_the_driver_lives(runtime_dir: Path, disk: Path) -> None:
+    """A card reader: SIGUSR1 puts a card into its second slot, or takes it out."""
+    driver = Driver("disk", disk, "slot")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        client.write(0, b"x" * 512)
+        os.kill(driver.process.pid, signal.SIGUSR1)
+        assert [(one["name"], one["size"]) for one in shim.serving()] == [("disk", 4 * MIB), ("disk1", MIB)]
+        with Client(shim.path, "disk1") as card:
+            card.write(512, b"y" * 512)
+            os.kill(driver.process.pid, signal.SIGUSR1)
+            assert [one["name"] for one in shim.serving()] == ["disk"]
+            with pytest.raises(NbdError) as caught:
+                card.read(0, 512)
+            assert caught.value.number == wire.ESHUTDOWN
+        os.kill(driver.process.pid, signal.SIGUSR1)
+        assert [one["name"] for one in shim.serving()] == ["disk", "disk1"]
+        with Client(shim.path, "disk1") as card:
+            assert card.read(512, 512) == b"y" * 512
+        assert client.read(0, 512) == b"x" * 512
 
 
-def test_a_copy_does_not_notice_that_its_driver_is_killed_ten_times_a_second(runtime_dir: Path) -> None:
-    source = runtime_dir / "source"
-    source.write_bytes(random.Random(4).randbytes(64 * MIB))
-    target = runtime_dir / "target"
-    target.write_bytes(bytes(64 * MIB))
-    arguments = ("file", str(target), "--filter=delay", "wdelay=2ms", "rdelay=2ms")
-    driver = Driver("nbdkit", *arguments)
-    with serving(runtime_dir, driver) as shim:
-        killer = Killer(shim, driver, lambda: Driver("nbdkit", *arguments), 0.1)
-        try:
-            for command in (
-                ["nbdcopy", "--flush", str(source), shim.uri()],
-                ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(source), shim.uri()],
-                ["nbdcopy", shim.uri(), str(runtime_dir / "back")],
-            ):
-                subprocess.run(command, check=True, timeout=90)
-        finally:
-            killer.finish()
-        assert (runtime_dir / "back").read_bytes() == source.read_bytes()
-        assert target.read_bytes() == source.read_bytes()
+def test_its_end_of_the_control_socket_is_its_end(runtime_dir: Path, disk: Path) -> None:
+    with serving(runtime_dir, Driver("disk", disk)) as shim, Client(shim.path):
+        shim.control.shutdown(socket.SHUT_RDWR)
+        assert shim.process.wait(LONG) == 1
+        shim.process.returncode = 0  # as it should be
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_no_acknowledged_write_is_lost_with_the_cache_of_a_dying_medium(
-    runtime_dir: Path, disk: Path, seed: int
-) -> None:
-    """A writer with a model of its own; after each flush the medium itself is compared."""
-    rng = random.Random(seed)
-    model = bytearray(4 * MIB)
+def test_sigterm_stops_it_in_order(runtime_dir: Path, disk: Path) -> None:
+    with serving(runtime_dir, Driver("disk", disk, "cache")) as shim, Client(shim.path) as client:
+        client.write(0, b"x" * 512)
+        shim.process.terminate()
+        shim.expect("unmounted")
+        assert shim.process.wait(LONG) == 0
+        assert disk.read_bytes()[:512] == b"x" * 512
+
+
+def test_a_driver_is_replaced_while_it_serves(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "slow:0.05")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        cookies = {client.ask(wire.CMD_WRITE, 512 * index, 512, b"x" * 512) for index in range(32)}
+        shim.attach(Driver("disk", disk))
+        shim.expect("attached")
+        answers = [client.answer() for _ in cookies]
+        assert {cookie for cookie, _, _ in answers} == cookies
+        assert {error for _, error, _ in answers} == {0}
+        driver.kill()
+        assert client.read(0, 32 * 512) == b"x" * 32 * 512
+
+
+def test_it_stops_although_there_is_no_driver_and_tells_who_waits(runtime_dir: Path, disk: Path) -> None:
     driver = Driver("disk", disk, "cache")
     with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
-        killer = Killer(shim, driver, lambda: Driver("disk", disk, "cache"), 0.1)
-        try:
-            until = time.monotonic() + 8
-            while time.monotonic() < until:
-                under_way: dict[int, tuple[int, bytes]] = {}
-                for _ in range(rng.randint(1, 8)):
-                    size = 512 * rng.randint(1, 200)
-                    at = 512 * rng.randint(0, (4 * MIB - size) // 512)
-                    if any(at < start + len(data) and start < at + size for start, data in under_way.values()):
-                        continue  # the order of those that are under way together is nobody's
-                    data = rng.randbytes(size)
-                    under_way[client.ask(wire.CMD_WRITE, at, size, data)] = (at, data)
-                while under_way:
-                    cookie, error, _ = client.answer()
-                    assert not error
-                    at, data = under_way.pop(cookie)
-                    model[at : at + len(data)] = data
-                what = rng.random()
-                if what < 0.2:
-                    at = 512 * rng.randint(0, 8191 - 64)
-                    client.zero(at, 32768)
-                    model[at : at + 32768] = bytes(32768)
-                elif what < 0.5:
-                    at = 512 * rng.randint(0, 4096)
-                    assert client.read(at, 256 * 1024) == model[at : at + 256 * 1024]
-                elif what < 0.7:
-                    client.flush()
-                    assert disk.read_bytes() == model
-            client.flush()
-            assert disk.read_bytes() == model
-        finally:
-            killer.finish()
-        assert shim.counters()["kept_again"] > 0
+        client.write(0, b"x" * 512)
+        driver.kill()
+        shim.expect("link_lost")
+        cookie = client.ask(wire.CMD_READ, 0, 512)
+        shim.until(lambda: shim.requests()["total"] == 1)
+        assert shim.stop() == 0
+        assert client.answer()[:2] == (cookie, wire.ESHUTDOWN)
+
+
+def test_nobody_writes_where_a_write_that_was_given_up_may_still_come(runtime_dir: Path, disk: Path) -> None:
+    driver = Driver("disk", disk, "late:write:1")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        old = client.ask(wire.CMD_WRITE, 0, 1024, b"o" * 1024)
+        shim.until(lambda: any(not one["parked"] for one in shim.requests()["requests"]))
+        shim.send("abort", request=shim.requests()["requests"][0]["id"])
+        assert client.answer()[:2] == (old, wire.EIO)
+        client.write(512, b"n" * 512)
+        assert disk.read_bytes()[512:1024] == b"n" * 512

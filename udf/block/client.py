@@ -7,6 +7,8 @@ Called by: the block shim, filesystem drivers (as `udf.BlockClient`), tests.
 Any task may call any verb at any time, and may be cancelled; what the server still says to a request that was given up
 is dropped. Errors are OSError with the server's errno; DeviceGone when the server says that it shuts down (which is how
 an unplugged device shows) or when the connection has ended.
+
+A little over 400 lines: a request, its verb and the replies that end it are read beside each other.
 """
 
 from __future__ import annotations
@@ -235,6 +237,8 @@ class BlockClient:
             raise DeviceGone(self._failure)
         if not 0 <= offset <= wire.MAX_SIZE or not 0 <= size <= 0xFFFFFFFF:
             raise OSError(errno.EINVAL, "no such range")
+        if command <= wire.CMD_WRITE and size > self.maximum:
+            raise OSError(errno.EINVAL, f"{size} bytes at once are more than {self.maximum}")
         self._cookie += 1
         cookie = self._cookie
         request = self._requests[cookie] = _Request(cookie, command, offset, size, target)

@@ -13,7 +13,7 @@ from typing import Protocol
 from udf.block import wire
 from udf.block.access import Access, Terms
 from udf.block.stream import Ended, Stream
-from udf.errors import DeviceGone
+from udf.errors import DeviceGone, is_fault
 
 Exports = Callable[[], Awaitable[Mapping[str, Access]]]
 
@@ -50,11 +50,20 @@ class _Abort(Exception):
 class Handshake:
     """One connection's options."""
 
-    def __init__(self, stream: Stream, exports: Exports, claims: Claims | None, holder: object) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        exports: Exports,
+        claims: Claims | None,
+        holder: object,
+        fault: Callable[[str, BaseException], None],
+    ) -> None:
+        """`holder` is what claims; `fault` is told of mistakes in the units."""
         self._stream = stream
         self._exports = exports
         self._claims = claims
         self._holder = holder
+        self._fault = fault
         self._no_zeroes = False
         self.session = Session()
 
@@ -109,6 +118,12 @@ class Handshake:
             await self._refuse(option, wire.REP_ERR_INVALID, f"the option cannot be read: {exc}")
         except DeviceGone as exc:
             await self._refuse(option, wire.REP_ERR_SHUTDOWN, str(exc) or "the device is gone")
+        except (Ended, wire.WireError, _Abort):
+            raise
+        except Exception as exc:  # the units cannot be told, or make no sense
+            if is_fault(exc):
+                self._fault("units", exc)
+            await self._refuse(option, wire.REP_ERR_INVALID, f"the device does not tell what it has: {exc}")
         return False
 
     async def _reply(self, option: int, kind: int, payload: bytes = b"") -> None:

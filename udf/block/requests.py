@@ -250,7 +250,7 @@ class Connection:
             if exc.subgroup(trio.Cancelled) is not None or len(exc.exceptions) != 1:
                 break
             exc = exc.exceptions[0]  # a nursery wraps what its tasks raise; one error stays that error
-        if isinstance(exc, trio.Cancelled | GeneratorExit) or (
+        if isinstance(exc, trio.Cancelled | GeneratorExit | KeyboardInterrupt) or (
             isinstance(exc, BaseExceptionGroup) and exc.subgroup(trio.Cancelled) is not None
         ):
             raise exc

@@ -6,6 +6,7 @@ a client does reach its caller. Called by: the driver host (`serve_link`), the b
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from udf.errors import ContractError
 HANDSHAKE_TIMEOUT = 30.0
 MAX_CONNECTIONS = 64
 MAX_UNITS = 256
+_PAUSE = 0.1  # seconds without new connections when there are no descriptors for them
 _MAX_FAULTS = 100  # kinds of mistakes that are reported; beyond that only the error tells
 
 Units = Callable[[], Awaitable[Mapping[str, BlockUnit]]]
@@ -71,7 +73,13 @@ class Server:
         listening = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         async with trio.open_nursery() as nursery:
             while True:
-                peer = await listening.accept()
+                try:
+                    peer = await listening.accept()
+                except OSError as exc:
+                    if exc.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                        raise
+                    await trio.sleep(_PAUSE)  # until others have closed something: nothing tells when
+                    continue
                 nursery.start_soon(self.serve, socket.socket(fileno=peer.socket.detach()))
 
     async def serve(self, sock: socket.socket) -> None:
@@ -83,7 +91,7 @@ class Server:
         stream = Stream(sock)
         connection = Connection(stream, self._claims, self.fault)
         try:
-            handshake = Handshake(stream, self._exports, self._claims, connection)
+            handshake = Handshake(stream, self._exports, self._claims, connection, self.fault)
             session = None
             with trio.move_on_after(HANDSHAKE_TIMEOUT):
                 session = await handshake.run()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 Data = bytes | bytearray | memoryview
-"""What a read may answer. A write is given a bytearray or a memoryview, which are valid while the verb runs."""
+"""What a read may answer; it must not change any more. A write is given one of them, and may keep it."""
 
 
 class Extent(NamedTuple):

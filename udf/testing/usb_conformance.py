@@ -8,7 +8,7 @@
 
 Owns: the tests. A subclass says how a bus with the loop-back device (udf/testing/devices/loopback.py, or hardware that
 does the same) is made. Must never: know which bus it tests, but for what a Bench says of itself.
-Called by: pytest, from a test module that subclasses it.
+Called by: pytest, from a test module that subclasses it. One long file, so that a bus's author reads all that is asked.
 """
 
 from __future__ import annotations

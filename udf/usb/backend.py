@@ -4,6 +4,7 @@ Owns: what libusb and usbfs keep for a device (claims by handle, the active conf
 their answers. Must never: show another device than this one, or be kinder than libusb: code that works here has to
 work on the kernel's bus. Called by: pyusb, once install() has made it the answer to every default look-up.
 
+Longer than other files, because pyusb wants all of it in one class: a method for each call of libusb, in its order.
 Where usbfs or libusb has a peculiarity it is named beside the line that copies it. Time-outs are milliseconds here and
 0 is none, as everywhere in pyusb.
 """
@@ -73,7 +74,6 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
         super().__init__()
         self._connection = connection
         self._spec = spec
-        self._only = spec.interface  # bound to this interface: the others are as if their drivers had claimed them
         raw = _decode(spec.device_descriptor)
         self._raw_device = raw
         self._device = parse_device(raw)
@@ -82,9 +82,18 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
         self._lock = threading.RLock()
         self._owners: dict[int, _Handle] = {}
         self._configuration = spec.configuration
+        # Bound to one function: the interfaces of others are as if their drivers had claimed them.
+        self._only = self._function(spec.interface)
         self._alternates: dict[int, int] = {}
         self._endpoints: dict[int, _Known] = {}  # of the active configuration and settings
         self._find_endpoints()
+
+    def _function(self, interface: int | None) -> frozenset[int] | None:
+        active = self._active() or next(iter(self._configurations), None)
+        return None if interface is None else active.function(interface) if active else frozenset((interface,))
+
+    def _may_have(self, number: int) -> bool:
+        return self._only is None or number in self._only
 
     # ---- what the device is
 
@@ -202,7 +211,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
         active = self._active()
         if active is None or not any(alternates[0].number == number for alternates in active.interfaces):
             return Failure.NOT_FOUND
-        if self._owners.get(number, handle) is not handle or self._only not in (None, number):
+        if self._owners.get(number, handle) is not handle or not self._may_have(number):
             return Failure.BUSY
         self._owners[number] = handle
         handle.claimed.add(number)
@@ -363,7 +372,7 @@ class Backend(usb.backend.IBackend):  # type: ignore[misc]
             number = found.interface if found else None
         if number is not None and self._owners.get(number, handle) is not handle:
             raise usb_error(Failure.IO)
-        if number is not None and self._only not in (None, number):
+        if number is not None and not self._may_have(number):
             raise usb_error(Failure.IO)
 
     def clear_halt(self, dev_handle: _Handle, ep: int) -> None:

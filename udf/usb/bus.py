@@ -127,4 +127,6 @@ class Bus(ABC):
 
         Raises DeviceGone if the device is not there any more, OSError EBUSY if somebody uses it, another OSError if the
         bus cannot be reached. One connection at a time for each device; `devices` then tells its configuration anew.
+        The bus keeps a duplicate to see the end, so that closing ends nothing: shut it down (which also fences a driver
+        that has died, or should have).
         """

@@ -10,6 +10,7 @@ own answer is there (it *leads*, turns.py); then the next one that waits leads. 
 threads, and data go from the socket into the caller's buffer. One more thread, the keeper, sleeps in poll(2) all the
 time: it sees the end of the connection when nobody waits for anything, and sends what must not block its caller.
 
+Longer than other files: sending, waiting and ending share the two locks, and are understood together or not at all.
 Locks, always in this order: `_sending` (the socket's write side, for whole packets), `_state` (everything else; never
 held over a system call that can block).
 """
@@ -127,6 +128,32 @@ class Connection:
                 self._table.drop(transfer)
                 raise
         return transfer
+
+    def submit_all(self, requests: Sequence[tuple[int, Buffer]]) -> list[Transfer]:
+        """Start several bulk transfers in this order, in one step: who queues them costs the peer one waking."""
+        parts: list[bytes | memoryview] = []
+        transfers: list[Transfer] = []
+        with self._sending:
+            try:
+                for endpoint, data in requests:
+                    is_in, view = bool(endpoint & 0x80), _bytes_of(data)
+                    if view.nbytes > usbip.MAX_TRANSFER:
+                        raise usb_error(Failure.NO_MEM)
+                    transfer = Transfer(self, is_in, view)
+                    seqnum = self._table.add(transfer)
+                    transfers.append(transfer)
+                    flags = usbip.URB_DIR_IN if is_in else 0
+                    header = usbip.SUBMIT.pack(
+                        usbip.CMD_SUBMIT, seqnum, self._devid, is_in, endpoint & 0x0F, flags, view.nbytes, 0,
+                        usbip.NO_PACKETS, 0, _SETUP_NONE,
+                    )  # fmt: skip
+                    parts += [header] if is_in or not view.nbytes else [header, view]
+                self._push_slowly(self._push(parts))
+            except BaseException:
+                for transfer in transfers:
+                    self._table.drop(transfer)
+                raise
+        return transfers
 
     def transfer(
         self,

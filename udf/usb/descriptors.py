@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from udf.errors import ContractError
 
 DEVICE, CONFIGURATION, STRING, INTERFACE, ENDPOINT = 1, 2, 3, 4, 5
+ASSOCIATION = 11
+CLASS_INTERFACE, CDC_UNION = 0x24, 6  # a communication class's functional descriptor (CDC 1.2, 5.2.3.2)
 DEVICE_LAYOUT = struct.Struct("<BBHBBBBHHHBBBB")
 CONFIGURATION_LAYOUT = struct.Struct("<BBHBBBBB")
 INTERFACE_LAYOUT = struct.Struct("<BBBBBBBBB")
@@ -121,6 +123,35 @@ class Configuration:
         """Every alternate setting of every interface."""
         for alternates in self.interfaces:
             yield from alternates
+
+    def function(self, number: int) -> frozenset[int]:
+        """The interfaces that are one function with this one, itself included: what one driver has to have together.
+
+        They say so by an interface association (USB 2.0 ECN, 9.6.X), or by a communication interface's union.
+        """
+        known = {each.number for each in self.all_interfaces()}
+        found = {number}
+        for extra in self._extras():
+            if extra[1] == ASSOCIATION and len(extra) >= 4:
+                group = set(range(extra[2], min(extra[2] + extra[3], 256)))
+            elif extra[1] == CLASS_INTERFACE and len(extra) >= 5 and extra[2] == CDC_UNION:
+                group = set(extra[3:])
+            else:
+                continue
+            if number in group:
+                found |= group
+        return frozenset(found & (known | {number}))
+
+    def _extras(self) -> Iterator[bytes]:
+        """Every descriptor that is none of the standard ones. An association stands before its first interface."""
+        texts = [self.extra]
+        for each in self.all_interfaces():
+            texts += [each.extra, *(endpoint.extra for endpoint in each.endpoints)]
+        for text in texts:
+            at = 0
+            while at + 2 <= len(text) and text[at] >= 2:
+                yield text[at : at + text[at]]
+                at += text[at]
 
     def interface(self, number: int, alternate: int = 0) -> Interface | None:
         """By its number and alternate setting."""

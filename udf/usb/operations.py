@@ -139,7 +139,7 @@ async def _record(stream: trio.SocketStream) -> usbip.DeviceRecord:
 async def import_device(address: Address, busid: str) -> tuple[trio.SocketStream, usbip.DeviceRecord]:
     """A connection that speaks URBs, and what the server says the device is.
 
-    FileNotFoundError (ENODEV) if there is no such device, OSError EBUSY if another client has it.
+    OSError: ENODEV if there is no such device, EBUSY if another client has it, EIO if it cannot be had.
     """
     stream = await dial(address)
     try:
@@ -148,8 +148,10 @@ async def import_device(address: Address, busid: str) -> tuple[trio.SocketStream
             status = await _ask(stream, usbip.REQUEST_IMPORT, usbip.REPLY_IMPORT, wanted)
             if status == usbip.ST_DEV_BUSY:
                 raise OSError(errno.EBUSY, f"the device {busid} is in use")
+            if status == usbip.ST_NODEV:
+                raise OSError(errno.ENODEV, f"the USB/IP server has no device {busid}")
             if status != usbip.ST_OK:
-                raise OSError(errno.ENODEV, f"the USB/IP server has no device {busid} to give (status {status})")
+                raise OSError(errno.EIO, f"the USB/IP server does not give the device {busid} (status {status})")
             record = usbip.unpack_device(await receive_exactly(stream, usbip.DEVICE.size))
             if record.busid != busid:
                 raise ProtocolError(f"the server gave {record.busid[:40]!r} for {busid!r}")

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from udf.errors import DeviceGone
-from udf.usb import descriptors, usbip
-from udf.usb.bus import Bus, BusDevice, bounded, clean
+from udf.usb import usbip
+from udf.usb.bus import Bus, BusDevice
 from udf.usb.operations import (
     Address,
     Description,
@@ -35,6 +35,7 @@ from udf.usb.operations import (
     watch,
 )
 from udf.usb.operations import dial as _dial
+from udf.usb.present import Identity, identity_of, key_of, listed, watched
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,6 @@ RELEASED = 1.5  # seconds in which a device that we have let go of may still be 
 RETRY_DESCRIBE = 5.0  # seconds until a device is asked again that could not be read
 MAX_DEVICES = 1024
 
-_Identity = tuple[str, int, int, int, int, int]
-
 
 @dataclass(eq=False)
 class _Import:
@@ -64,9 +63,9 @@ class _Import:
 class _Listing:
     """What polling knows: devices by how a list shows them."""
 
-    keys: dict[_Identity, str] = field(default_factory=dict)
-    asked: set[_Identity] = field(default_factory=set)  # being described: not listed meanwhile
-    not_before: dict[_Identity, float] = field(default_factory=dict)
+    keys: dict[Identity, str] = field(default_factory=dict)
+    asked: set[Identity] = field(default_factory=set)  # being described: not listed meanwhile
+    not_before: dict[Identity, float] = field(default_factory=dict)
     stays_until: dict[str, float] = field(default_factory=dict)  # by key: unlisted for a moment, and yet there
 
 
@@ -83,7 +82,8 @@ class UsbipBus(Bus):
         self._changed: Callable[[], None] = lambda: None
         self._listing: _Listing | None = None  # None: the server is watched, or was not reached yet
         self._look = trio.Event()  # poll now
-        self._arrivals = 0
+        self._arrivals = 0  # of a server that we poll
+        self._life = -1  # of a server that we watch: how often it was another one
         self._said = ""  # the last complaint about the server
         self._limit = trio.Semaphore(AT_ONCE)
 
@@ -145,7 +145,9 @@ class UsbipBus(Bus):
             try:
                 return await import_device(self._address, device.busid)
             except OSError as exc:
-                if exc.errno != errno.EBUSY or trio.current_time() >= self._released.get(device.key, 0.0) + RELEASED:
+                # usbipd resets a device that was let go, and calls it busy or broken until that is done.
+                waits = exc.errno in (errno.EBUSY, errno.EIO)
+                if not waits or trio.current_time() >= self._released.get(device.key, 0.0) + RELEASED:
                     raise
             await trio.sleep(RELEASED / 50)
 
@@ -245,6 +247,8 @@ class UsbipBus(Bus):
                     patience.deadline = float("inf")
                     if not known and what != "devices":
                         return False
+                    if not known:
+                        self._begin_life()
                     known = True
                     self._event(what, devices)
                     ready.now()
@@ -252,9 +256,15 @@ class UsbipBus(Bus):
             self._listing = _Listing()  # the imports that are left: their end is the device's
         return known
 
+    def _begin_life(self) -> None:
+        """While an import of ours lives it is the same server, which only cut us off: its numbers mean the same."""
+        self._reap()
+        if not self._imports:
+            self._life += 1
+
     def _event(self, what: str, devices: list[Watched]) -> None:
         if what == "devices":
-            found = [_watched(each) for each in devices[:MAX_DEVICES]]
+            found = [watched(each, self._life) for each in devices[:MAX_DEVICES]]
             for key in self._devices.keys() - {each.key for each in found}:
                 self._remove(key)
             for device in found:
@@ -262,9 +272,11 @@ class UsbipBus(Bus):
             return
         for each in devices:
             if what == "removed":
-                self._remove(_key(each.busid, each.arrival))
-            elif what == "arrived" or (what == "changed" and _key(each.busid, each.arrival) in self._devices):
-                self._add(_watched(each))
+                self._remove(key_of(each.busid, each.arrival, self._life))
+            elif what == "arrived" or (
+                what == "changed" and key_of(each.busid, each.arrival, self._life) in self._devices
+            ):
+                self._add(watched(each, self._life))
 
     # ---- any server: it is asked
 
@@ -290,7 +302,7 @@ class UsbipBus(Bus):
 
     def _take_list(self, records: list[usbip.DeviceRecord], nursery: trio.Nursery, listing: _Listing) -> None:
         now = trio.current_time()
-        present = {_identity(each): each for each in records}
+        present = {identity_of(each): each for each in records}
         for identity, key in list(listing.keys.items()):
             if identity in present or self._imported(key):
                 if identity in present:
@@ -307,7 +319,7 @@ class UsbipBus(Bus):
                 listing.asked.add(identity)
                 nursery.start_soon(self._meet, record, identity, listing)
 
-    async def _meet(self, record: usbip.DeviceRecord, identity: _Identity, listing: _Listing) -> None:
+    async def _meet(self, record: usbip.DeviceRecord, identity: Identity, listing: _Listing) -> None:
         """A new device: import it for a moment and read what it is."""
         try:
             description = await self._describe(record)
@@ -322,15 +334,16 @@ class UsbipBus(Bus):
         if self._listing is not listing:
             return  # the server was lost meanwhile
         self._arrivals += 1
-        key = _key(record.busid, self._arrivals)
+        key = key_of(record.busid, self._arrivals)
         listing.keys[identity] = key
-        listing.stays_until[key] = trio.current_time() + BACK_IN_LIST
-        self._add(_listed(key, record, description))
+        self._released[key] = trio.current_time()
+        listing.stays_until[key] = self._released[key] + BACK_IN_LIST
+        self._add(listed(key, record, description))
 
     async def _describe(self, record: usbip.DeviceRecord) -> Description:
         stream, imported = await import_device(self._address, record.busid)
         async with stream:
-            if _identity(imported)[:5] != _identity(record)[:5]:
+            if identity_of(imported)[:5] != identity_of(record)[:5]:
                 raise OSError(errno.ENODEV, "it was replaced by another one")
             try:
                 with trio.fail_after(DESCRIBE_TIMEOUT):
@@ -350,57 +363,3 @@ class _Once:
         if self._status is not None:
             self._status.started()
             self._status = None
-
-
-def _key(busid: str, arrival: int) -> str:
-    return f"{busid}@{arrival}"
-
-
-def _identity(record: usbip.DeviceRecord) -> _Identity:
-    return record.busid, record.busnum, record.devnum, record.vendor, record.product, record.bcd_device
-
-
-def _listed(key: str, record: usbip.DeviceRecord, description: Description) -> BusDevice:
-    return BusDevice(
-        key=key,
-        busid=record.busid,
-        busnum=record.busnum,
-        devnum=record.devnum,
-        speed=record.speed,
-        vendor=record.vendor,
-        product=record.product,
-        bcd_device=record.bcd_device,
-        device_class=record.device_class,
-        device_descriptor=description.device_descriptor,
-        configurations=description.configurations,
-        configuration=record.configuration,
-        manufacturer=description.manufacturer,
-        product_name=description.product,
-        serial=description.serial,
-    )
-
-
-def _watched(each: Watched) -> BusDevice:
-    try:
-        parsed = descriptors.parse_device(each.device_descriptor)
-        raw = each.device_descriptor[: descriptors.DEVICE_LAYOUT.size]
-    except descriptors.DescriptorError:
-        parsed, raw = descriptors.Device(*(0,) * 12), b""
-    return BusDevice(
-        key=_key(each.busid, each.arrival),
-        busid=each.busid,
-        busnum=each.busnum,
-        devnum=each.devnum,
-        speed=each.speed,
-        vendor=parsed.vendor,
-        product=parsed.product,
-        bcd_device=parsed.version,
-        device_class=(parsed.device_class, parsed.subclass, parsed.protocol),
-        device_descriptor=raw,
-        configurations=bounded(each.configurations),
-        configuration=each.configuration,
-        manufacturer=clean(each.manufacturer),
-        product_name=clean(each.product),
-        serial=clean(each.serial),
-        name=clean(each.name),
-    )

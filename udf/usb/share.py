@@ -18,7 +18,7 @@ import selectors
 import socket
 import struct
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,8 +47,8 @@ class _Port:
 
     sock: socket.socket
     interface: int
-    interfaces: frozenset[int]  # that one, and those that come along with it
-    endpoints: frozenset[int]  # addresses of its interfaces, in all settings
+    function: frozenset[int]  # the interfaces that belong together with it
+    endpoints: frozenset[int]  # addresses of these, in all settings
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
     sent: dict[int, int] = field(default_factory=dict)  # its numbers of what is under way -> those upstream
@@ -79,8 +79,9 @@ class Share:
         self._asked: dict[int, _Asked] = {}
         self._last = 0
         self._ports: dict[int, _Port] = {}
-        self._new: list[_Port] = []
-        self._lock = threading.Lock()  # of `_ports`, `_new` and `_ended`; the rest is the thread's
+        self._new: list[_Port] = []  # not listened to yet
+        self._replaced: list[_Port] = []  # whose drivers have ended, and which others follow
+        self._lock = threading.Lock()  # of `_ports`, `_new`, `_replaced` and `_ended`; the rest is the thread's
         self._ended = False
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -90,31 +91,33 @@ class Share:
 
     # ---- from any thread
 
-    def connect(self, interface: int, along: Collection[int] = ()) -> socket.socket:
+    def connect(self, interface: int) -> socket.socket:
         """A connection for the driver of this interface. OSError: EBUSY if there is one, ENOENT, ENODEV.
 
-        `along` are interfaces that belong to it, such as the data interface of a serial port. When the driver before
-        has ended, what it had asked for is taken back before the new one is listened to.
+        When the driver before has ended, what it had asked for is taken back before the new one is listened to.
         """
         numbers = {each.number for each in self._active.all_interfaces()} if self._active is not None else set()
         if self._active is None or interface not in numbers:
             raise OSError(errno.ENOENT, f"the device has no interface {interface}")
-        interfaces = frozenset({interface, *along})
+        function = self._active.function(interface)
         endpoints = frozenset(
             endpoint.address
             for each in self._active.all_interfaces()
-            if each.number in interfaces
+            if each.number in function
             for endpoint in each.endpoints
         )
         with self._lock:
             if self._ended:
                 raise OSError(errno.ENODEV, "the device is gone")
-            before = self._ports.get(interface)
-            if before is not None and not _hung_up(before.sock):
+            before = [each for each in self._ports.values() if each.function & function]
+            if not all(_hung_up(each.sock) for each in before):
                 raise OSError(errno.EBUSY, f"interface {interface} is in use")
+            for each in before:
+                del self._ports[each.interface]
+            self._replaced += before
             theirs, ours = socket.socketpair()
             ours.setblocking(False)
-            port = _Port(ours, interface, interfaces, endpoints)
+            port = _Port(ours, interface, function, endpoints)
             self._ports[interface] = port
             self._new.append(port)
             os.eventfd_write(self._wake, 1)
@@ -148,7 +151,7 @@ class Share:
             with self._lock:
                 self._ended = True
                 served = [key.data for key in self._selector.get_map().values() if key.data is not None]
-                ports = {*self._ports.values(), *self._new, *served}
+                ports = {*self._ports.values(), *self._new, *self._replaced, *served}
             for port in ports:
                 port.sock.close()
             self._up.close()
@@ -183,7 +186,10 @@ class Share:
             elif key.data is None:
                 os.eventfd_read(self._wake)
                 with self._lock:
+                    replaced, self._replaced = self._replaced, []
                     self._new.clear()
+                for port in replaced:
+                    self._drop(port)
             elif key.data.open:
                 self._guard(key.data, self._serve, events)
 
@@ -282,7 +288,7 @@ class Share:
             same = request == _SET_CONFIGURATION and self._active is not None and value == self._active.value
             return 0 if same else -errno.EPIPE
         if recipient == 1:
-            return None if index & 0xFF in port.interfaces else -errno.EPIPE
+            return None if index & 0xFF in port.function else -errno.EPIPE
         if recipient == 2:
             # Endpoint 0 is everybody's to look at, and nobody's to change.
             mine = index & 0xFF in port.endpoints or (not index & 0x7F and bool(request_type & 0x80))

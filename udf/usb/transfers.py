@@ -21,6 +21,7 @@ import usb.core
 
 from udf.errors import DeviceGone
 from udf.usb.backend import Backend
+from udf.usb.client import Connection
 from udf.usb.errors import Failure, usb_error
 from udf.usb.urb import Buffer, Transfer
 
@@ -38,6 +39,9 @@ class Gone:
 
     def __init__(self, backend: Backend) -> None:
         self._connection = backend.connection
+        self._waiting: set[trio.Event] = set()
+        self._watched = False
+        self._told = False
 
     def is_set(self) -> bool:
         """Whether the device is gone."""
@@ -45,9 +49,24 @@ class Gone:
 
     async def wait(self) -> None:
         """Until it is."""
-        event, token = trio.Event(), trio.lowlevel.current_trio_token()
-        self._connection.on_end(lambda: _soon(token, event.set))
-        await event.wait()
+        if self._told:
+            await trio.lowlevel.checkpoint()
+            return
+        event = trio.Event()
+        self._waiting.add(event)
+        try:
+            if not self._watched:
+                self._watched = True
+                token = trio.lowlevel.current_trio_token()
+                self._connection.on_end(lambda: _soon(token, self._tell))
+            await event.wait()
+        finally:
+            self._waiting.discard(event)
+
+    def _tell(self) -> None:
+        self._told = True
+        for event in self._waiting:
+            event.set()
 
 
 class Transfers:
@@ -61,6 +80,11 @@ class Transfers:
         self._connection = backend.connection
         self._limiter = trio.CapacityLimiter(MAX_WORKERS)
         self.gone = Gone(backend)
+
+    @property
+    def connection(self) -> Connection:
+        """What is below: for a driver with a thread of its own that has several transfers under way at once."""
+        return self._connection
 
     async def control_in(
         self,

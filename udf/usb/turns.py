@@ -61,11 +61,11 @@ class Turns:
     def resign(self) -> None:
         """Pass the lead on to whoever has waited longest."""
         with self._state:
-            for waiter in self._waiters:
-                self.wake(waiter, leads=True)
-                return
-            self.leading = False
-            self._nobody()
+            if self._waiters:
+                self.wake(next(iter(self._waiters)), leads=True)
+            else:
+                self.leading = False
+                self._nobody()
 
     def take_if_free(self) -> bool:
         """Lead if nobody does. The lock is held."""

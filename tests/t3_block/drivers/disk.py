@@ -1,9 +1,11 @@
 """A block driver on udf's own server: a file as the medium, with or without a volatile cache, with planned deaths.
 
 Arguments: the link, the file, then words: `cache` (what is written is in the file only after a flush; it dies with this
-process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, before it is done or after, but never answered),
-`hang:VERB:N`, `poison:OFFSET` (dies whenever this is read), `min:N` (block size), `size:N` (not the file's), `lun:N`
-(so many further units of 1 MiB in memory), `fail:VERB:N`, `slow:SECONDS`.
+process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, or of `any`, before it is done or after, but never
+answered), `hang:VERB:N`, `fail:VERB:N`, `late:VERB:N` (by 0.7 s), `gone:VERB:N` (the device is gone from there on),
+`poison:OFFSET` (dies whenever this is read), `deadly:OFFSET` (written), `min:N` (block size), `size:N` (not the
+file's), `lun:N` (so many further units of 1 MiB in memory), `slow:SECONDS`, `slot` (SIGUSR1 puts a second unit in or
+takes it out).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 
 import trio
 
-from udf import BlockDriver
+from udf import BlockDriver, DeviceGone
 from udf.block.server import serve_link
 
 
@@ -29,7 +31,11 @@ class Disk(BlockDriver):
         self.luns = int(options.get("lun", 0))
         self.slow = float(options.get("slow", 0))
         self.poison = int(options.get("poison", -1))
-        self.events = [word.split(":") for word in words if word.split(":")[0] in ("die", "hang", "fail")]
+        self.deadly = int(options.get("deadly", -1))
+        self.events = [
+            word.split(":") for word in words if word.split(":")[0] in ("die", "hang", "fail", "gone", "late")
+        ]
+        self.gone = False
         self.counts: dict[str, int] = {}
         self.cache: dict[int, bytes] | None = {} if "cache" in words else None
 
@@ -44,16 +50,26 @@ class Disk(BlockDriver):
         return known.setdefault(number, Ram())
 
     async def _happens(self, verb: str, when: str) -> None:
+        await self._plan(verb, when)
+        if self.gone:
+            raise DeviceGone("planned")
+
+    async def _plan(self, verb: str, when: str) -> None:
         if when == "before":
-            self.counts[verb] = self.counts.get(verb, 0) + 1
+            for counted in (verb, "any"):
+                self.counts[counted] = self.counts.get(counted, 0) + 1
             if self.slow:
                 await trio.sleep(self.slow)
         for event in self.events:
-            if event[1] == verb and int(event[2]) == self.counts[verb]:
+            if event[1] in (verb, "any") and int(event[2]) == self.counts[event[1]]:
                 if event[0] == "die" and (event[3:] == ["done"]) == (when == "after"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if event[0] == "hang" and when == "before":
                     await trio.sleep_forever()
+                if event[0] == "late" and when == "before":
+                    await trio.sleep(0.7)
+                if event[0] == "gone" and when == "before":
+                    self.gone = True
                 if event[0] == "fail" and when == "before":
                     raise OSError(errno.EIO, "planned")
 
@@ -70,6 +86,8 @@ class Disk(BlockDriver):
         return bytes(data)
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        if offset <= self.deadly < offset + len(data):
+            os.kill(os.getpid(), signal.SIGKILL)
         await self._happens("write", "before")
         if self.cache is None:
             os.pwrite(self.fd, data, offset)
@@ -106,9 +124,20 @@ class Ram(BlockDriver):
         self.data[offset : offset + len(data)] = data
 
 
+async def serve(link: socket.socket, disk: Disk, slot: bool) -> None:
+    async with trio.open_nursery() as nursery:
+        if slot:
+            with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+                await nursery.start(serve_link, link, disk)
+                async for _ in signals:
+                    disk.luns = 1 - disk.luns
+                    disk.units_changed()
+        await serve_link(link, disk)
+
+
 def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
-    trio.run(serve_link, link, Disk(sys.argv[2], sys.argv[3:]))
+    trio.run(serve, link, Disk(sys.argv[2], sys.argv[3:]), "slot" in sys.argv)
 
 
 main()

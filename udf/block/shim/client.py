@@ -201,6 +201,7 @@ class Client:
 
     def _has_room(self, charge: int) -> bool:
         if not self.requests and charge <= SMALL + _COST:
+            self.service.hungry.pop(self, None)
             return True  # so nobody starves because of others
         if self.requests >= CLIENT_REQUESTS or (self.requests and self.charged + charge > CLIENT_LIMIT):
             return False

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 INBOX = 32 * 1024
 MOST_UNITS = 16
+_MOST_NAME = 32  # characters of a unit's name
 _MOST_REPLY = 256 * 1024  # bytes of a reply that is not data
 _MOST_SKIPPED = 64  # replies to LIST and the like that mean nothing to us
+_MOST_FILLS = 4096  # to drain it
 _FILLS = 16  # receives in one turn of the loop
 _U32 = Struct(">I")
 _READ, _STATUS = wire.CMD_READ, wire.CMD_BLOCK_STATUS
@@ -48,6 +50,7 @@ class Terms(NamedTuple):
     minimum: int
     preferred: int
     maximum: int
+    block: int  # what its partition table counts in
     structured: bool
     context: int | None  # of base:allocation
 
@@ -113,6 +116,8 @@ class DriverConnection:
         names = [wire.unpack_server(payload) for kind, payload in replies if kind == wire.REP_SERVER]
         if len(set(names)) != len(names) or len(names) > MOST_UNITS:
             raise BrokenDriver("open", f"its {len(names)} units are too many, or two have the same name")
+        if not all(len(name) <= _MOST_NAME and name.isascii() and (name.isprintable() or not name) for name in names):
+            raise BrokenDriver("open", "the name of a unit is too long, or not a plain one")
         self.out.push(wire.pack_option(wire.OPT_ABORT))
         self.over = True
         listed(names)
@@ -143,7 +148,7 @@ class DriverConnection:
     def on_readable(self, *, drain: bool = False) -> None:
         """Take what has come; `drain`: all of it. Raises Ended, BrokenDriver."""
         inbox = self.inbox
-        for turn in range(1 << 30):
+        for turn in range(_MOST_FILLS):
             if not inbox.fill():
                 return
             self._parse()
@@ -265,6 +270,8 @@ class DriverConnection:
     def _chunk_whole(self, cookie: int, piece: Piece, kind: int, body: bytes, *, last: bool) -> None:
         request = piece.request
         if kind & wire.CHUNK_ERROR_BIT:
+            if piece.whole:
+                raise BrokenDriver("reply", "it sent two errors for one request")
             try:
                 error = wire.unpack_error(body)[0]
             except wire.WireError as wrong:
@@ -341,7 +348,7 @@ class DriverConnection:
 def _terms(infos: list[bytes], structured: bool, context: int | None) -> Terms:
     """Check what the driver says of a unit. Raises BrokenDriver."""
     size = flags = None
-    sizes = wire.BlockSizes()
+    sizes = wire.BlockSizes(preferred=512)
     for info in infos:
         kind = int.from_bytes(info[:2], "big")
         if kind == wire.INFO_EXPORT and len(info) == wire.EXPORT_INFO.size:
@@ -356,7 +363,10 @@ def _terms(infos: list[bytes], structured: bool, context: int | None) -> Terms:
     if not _is_power(preferred) or not minimum <= preferred <= wire.MAX_PAYLOAD:
         preferred = max(4096, minimum)
     maximum = min(maximum, wire.MAX_PAYLOAD)
-    return Terms(size - size % minimum, flags, minimum, preferred, maximum - maximum % minimum, structured, context)
+    maximum -= maximum % minimum
+    # Our server takes any byte, and prefers the device's own blocks.
+    block = min(max(512, minimum if minimum > 1 else preferred), 65536)
+    return Terms(size - size % minimum, flags, minimum, preferred, maximum, block, structured, context)
 
 
 def _is_power(number: int) -> bool:

@@ -18,7 +18,8 @@ from udf.block.shim.request import Request
 if TYPE_CHECKING:
     from udf.block.shim.units import Unit
 
-MOST_EXPORTS = 256  # of all units: they must fit into one message
+MOST_EXPORTS = 160  # of all units: with their labels they fit into one message
+_MOST_LABEL = 24
 _MOST_READS = 512  # of one look at a partition table
 _MOST_BYTES = 2 << 20  # in one of them
 
@@ -76,7 +77,7 @@ def exports_of(units: Iterable[Unit], *, read_only: bool) -> dict[str, Region]:
                 continue
             region = Region(name, unit, one.offset, one.size, read_only=fixed, partition=one.number)
             region.type = one.type[:36]
-            region.label = "".join(c if c.isprintable() else "?" for c in one.name[:36])
+            region.label = "".join(c if c.isprintable() else "?" for c in one.name[:_MOST_LABEL])
             exports[name] = region
     return exports
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from udf.block.shim.driver import BrokenDriver, DriverConnection
 from udf.block.shim.streams import Ended
@@ -40,7 +41,7 @@ class Look:
     def _listed(self, names: list[str]) -> None:
         self._wanted = names
         for name in names:
-            self._generation.connect().open(name, lambda connection, name=name: self._on_open(name, connection))  # type: ignore[misc]
+            self._generation.connect().open(name, partial(self._on_open, name))
         if not names:
             self._finish()
 

@@ -24,6 +24,7 @@ from udf.block.shim.driver import BrokenDriver, DriverConnection
 from udf.block.shim.generation import Generation, Look, enlarge
 from udf.block.shim.phase import Phase
 from udf.block.shim.service import Service
+from udf.block.shim.stop import Stop
 from udf.block.shim.streams import Ended
 from udf.shim.control import Control, SupervisorGone
 
@@ -33,7 +34,6 @@ _HEARTBEAT = 1.0
 _LOOK = 0.25  # how often what waits is looked at
 _STUCK = 10.0  # seconds that a client may hold memory which others wait for without taking or giving a byte
 _IDLE = 5.0  # seconds without a request after which idle memory is let go
-_STOP = 10.0  # seconds that a stop waits for what is under way, and as many for the flush
 _IN, _OUT, _HUP, _ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
 
 
@@ -49,6 +49,7 @@ class Loop:
         self.control = control
         self._listener = listener
         self._listening = False
+        self._no_accept_until = 0.0  # after an error that is not the client's
         listener.setblocking(False)
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -58,9 +59,7 @@ class Loop:
         self._look: Look | None = None
         self._look_until = 0.0
         self._look_again = False
-        self._stop_asked = False
-        self._stop_until = 0.0
-        self._flushing_until = 0.0
+        self._stop: Stop | None = None
         self._last_count = 0
         self._last_moved = 0.0
         self._watch(control.fd, self._from_supervisor)
@@ -101,7 +100,7 @@ class Loop:
         next_beat = next_look = 0.0
         s = self.s
         while True:
-            busy = s.requests or self._look is not None or s.hungry or self._stop_until
+            busy = s.requests or self._look is not None or s.hungry or self._stop is not None
             for fd, event in self._epoll.poll(_LOOK if busy else _HEARTBEAT):
                 handler = self._handlers.get(fd)
                 if handler is not None:
@@ -115,7 +114,8 @@ class Loop:
                 if now >= next_beat:
                     next_beat = now + _HEARTBEAT
                     self.tell({"t": "heartbeat"})
-            if self._stop_until and self._is_stopped(now):
+            if self._stop is not None and self._stop.is_done(now):
+                self._end()
                 return
 
     def _end_turn(self) -> None:
@@ -175,6 +175,8 @@ class Loop:
     def _tick(self, now: float) -> None:
         s = self.s
         s.recovery.check_time(now)
+        if self._look_again and self._look is None and s.phase is Phase.SERVING:
+            self._start_look()
         if self._look is not None and now > self._look_until:
             self._driver_ended(f"it did not open its units within {s.config.start_timeout:g} s")
         for client in s.clients:
@@ -189,7 +191,10 @@ class Loop:
     # ---- clients
 
     def _listen(self) -> None:
-        wanted = len(self.s.clients) < MOST_CLIENTS and self.s.phase is not Phase.OPENING and not self.s.stopping
+        s = self.s
+        wanted = len(s.clients) < MOST_CLIENTS and s.phase is not Phase.OPENING and not s.stopping
+        if wanted and self._no_accept_until:
+            wanted = monotonic() >= self._no_accept_until
         if wanted and not self._listening:
             self._watch(self._listener.fileno(), self._accept)
         elif self._listening and not wanted:
@@ -203,15 +208,15 @@ class Loop:
                 return
             try:
                 sock, _ = self._listener.accept()
+                client = Client(self.s, sock)
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no descriptors, no memory: at the next tick
+            except OSError as error:  # no descriptors, no memory
                 print(f"udf-block-shim: accept: {error}", file=sys.stderr)
-                self._forget(self._listener.fileno())
-                self._listening = False
+                self._no_accept_until = monotonic() + _HEARTBEAT
+                self._listen()
                 return
             enlarge(sock)
-            client = Client(self.s, sock)
             self.s.clients.add(client)
             self.s.counters.connections_total += 1
             self._watch(client.fd, partial(self._from_client, client))
@@ -265,8 +270,6 @@ class Loop:
         self._look = None
         for connection in self.s.recovery.opened(found):
             generation.release(connection)
-        if self._look_again and self.s.phase is Phase.SERVING:
-            self._start_look()
 
     def _from_driver(self, connection: DriverConnection, event: int) -> None:
         if event & _OUT:
@@ -283,14 +286,17 @@ class Loop:
                     self._driver_ended(f"it closed a connection ({ended})")
             except BrokenDriver as broken:
                 self._driver_ended(str(broken), broken)
+            except StartFailed:
+                raise
+            except Exception as error:  # ours; whatever state it has left goes with this generation
+                traceback.print_exc()
+                self._driver_ended(str(error), BrokenDriver("reply", f"it could not be understood: {error!r}"))
 
     def _from_link(self, _: int) -> None:
         assert self._generation is not None
         try:
             if self._generation.receive():
-                self._look_again = True
-                if self._look is None and self.s.phase is Phase.SERVING:
-                    self._start_look()
+                self._look_again = True  # at the next tick: a slot that is being filled says so more than once
         except Ended as ended:
             self._driver_ended(str(ended))
         except BrokenDriver as broken:
@@ -363,31 +369,13 @@ class Loop:
 
     def stop(self) -> None:
         """Let no new client in, finish what is under way, flush, end. Also what SIGTERM asks for."""
-        if not self._stop_until:
-            self._stop_until = monotonic() + _STOP
-            self.s.stopping = True
-            self.s.touched.update(self.s.clients)
+        if self._stop is None:
+            self._stop = Stop(self.s, monotonic())
             self._listen()
 
-    def _is_stopped(self, now: float) -> bool:
+    def _end(self) -> None:
+        """Let go of everybody."""
         s = self.s
-        s.touched.update(s.clients)
-        under_way = any(
-            request.client is not None and not request.client.is_receiving(request) for request in s.requests.values()
-        )
-        replies = any(client.out.queued for client in s.clients)
-        if (under_way or replies) and now < self._stop_until and not self._flushing_until:
-            return False
-        if not self._flushing_until:
-            self._flushing_until = now + _STOP
-            for unit in s.units:
-                unit.flush_kept()
-            self._end_turn()
-        unsafe = [unit for unit in s.units if len(unit.kept)]
-        if any(unit.flushing for unit in unsafe) and now < self._flushing_until:
-            return False
-        for unit in unsafe:
-            print(f"udf-block-shim: {unit.label}: what was written is perhaps not all on the device", file=sys.stderr)
         s.give_up_all(wire.ESHUTDOWN)
         self._end_turn()
         if self._generation is not None:
@@ -397,4 +385,3 @@ class Loop:
         for client in list(s.clients):
             self._end_client(client)
         self._end_turn()
-        return True

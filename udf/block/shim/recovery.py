@@ -44,6 +44,7 @@ class Recovery:
         self._again: deque[tuple[Unit, Entry]] = deque()  # kept writes that are still to be written again
         self._again_under_way: dict[Request, tuple[Unit, Entry]] = {}
         self._again_bytes = 0
+        self._again_gone = False
         self._killed: list[Entry] = []  # being written again at the last death
         self._lost_at = 0.0
         self._told_overdue = False
@@ -206,6 +207,7 @@ class Recovery:
     def _go_on(self) -> None:
         s = self._s
         s.set_phase(Phase.REPLAYING)
+        self._again_gone = False
         unanswered = [request for request in self._unanswered if not request.answered]
         waiting = sum(1 for request in s.requests.values() if request.client is not None)
         if self._counted:
@@ -213,6 +215,7 @@ class Recovery:
                 request.deaths += 1
             for entry in self._killed:
                 entry.deaths += 1
+        killed = self._killed
         self._unanswered, self._killed = [], []
         s.counters.replayed += len(unanswered)
         s.tell(
@@ -229,10 +232,11 @@ class Recovery:
         else:
             self._suspects.extend(suspects)
         everything = [(unit, entry) for unit in s.units for entry in unit.kept.entries()]
-        killers = [(unit, entry) for unit, entry in everything if entry.deaths >= _SUSPECT]
-        if len(killers) == 1 and self._counted:
-            self._give_up_kept(*killers[0])
-            everything.remove(killers[0])
+        if self._counted and len(killed) == 1 and killed[0].deaths >= _SUSPECT:
+            pair = next((pair for pair in everything if pair[1] is killed[0]), None)
+            if pair is not None:
+                self._give_up_kept(*pair)
+                everything.remove(pair)
         # Those that may kill the driver come last and one by one: what is before them is safe by then.
         everything.sort(key=lambda pair: pair[1].deaths >= _SUSPECT)
         self._again.extend(everything)
@@ -269,9 +273,16 @@ class Recovery:
         unit, entry = pair
         if request.buffer is not None:
             self._again_bytes -= request.length
-        if request.error:
+        if request.error == wire.ESHUTDOWN:
+            # The device has gone again: nothing is lost yet, and what waits goes on waiting for the next one.
+            self._again.clear()
+            self._again_gone = True
+        elif request.error:
             self._give_up_kept(unit, entry)
-        self._write_again()
+        else:
+            entry.deaths = 0
+        if not self._again_gone:
+            self._write_again()
 
     def _give_up_kept(self, unit: Unit, entry: Entry) -> None:
         """A write that was acknowledged is lost: the next FLUSH says so."""

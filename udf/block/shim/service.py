@@ -115,11 +115,7 @@ class Service:
 
     def give_up(self, request: Request, error: int) -> None:
         """Answer a request without the driver's answer, which will mean nothing when it comes."""
-        connection = request.unit.connection
-        if request.open and connection is not None:
-            for piece in connection.pieces.values():
-                if piece.request is request:
-                    piece.request = None
+        request.unit.abandon(request)
         self.answer(request, error)
 
     def give_up_all(self, error: int, unit: Unit | None = None) -> None:
@@ -165,9 +161,12 @@ class Service:
     def _look_again(self) -> None:
         """A writer is gone: it may have left another partition table."""
         for unit in self.units:
-            if unit.table_touched and self.phase is Phase.SERVING and unit.connection is not None:
+            if unit.table_touched:
                 unit.table_touched = False
-                self.scan(unit)
+                if self.pumping and unit.connection is not None:
+                    self.scan(unit)
+                else:
+                    unit.scan_again = True
 
     def find_export(self, name: str) -> Region | None:
         """The export of that name; the first unit is the default."""
@@ -262,6 +261,7 @@ class Service:
     def fault(self, op: str, sentence: str) -> None:
         """Report a driver's fault, once for each operation and kind."""
         self.counters.driver_faults += 1
-        if (op, sentence) not in self._faults and len(self._faults) < 1000:
-            self._faults.add((op, sentence))
+        kind = (op, "".join(c for c in sentence if not c.isdigit()))
+        if kind not in self._faults and len(self._faults) < 1000:
+            self._faults.add(kind)
             self.tell({"t": "fault", "op": op, "error": sentence[:500]})

@@ -28,7 +28,7 @@ _WITHOUT_DATA = 32 << 20  # the largest piece of a command that carries no data:
 KEPT_LIMIT = 64 << 20  # bytes of writes that no FLUSH has covered
 _EXTENSIONS = 8  # deadlines that one piece may take while others are answered
 
-_READ, _WRITE, _FLUSH = wire.CMD_READ, wire.CMD_WRITE, wire.CMD_FLUSH
+_WRITE, _FLUSH, _STATUS = wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_BLOCK_STATUS
 _FUA = wire.CMD_FLAG_FUA
 
 
@@ -45,7 +45,7 @@ class Unit:
         self.maximum = terms.maximum
         self.read_only = bool(terms.flags & wire.READ_ONLY)
         self.can_flush = bool(terms.flags & wire.SEND_FLUSH)
-        self.block_size = max(512, terms.minimum)  # of its partition table
+        self.block_size = terms.block
         self.table = Table()
         self.table_touched = False  # somebody has written where its partition table may be
         self.scan_again = False  # a look at its partition table did not come to its end
@@ -55,6 +55,7 @@ class Unit:
         self.queue: deque[Request] = deque()
         self.kept = Kept(service.pool)
         self.under_way = 0  # bytes
+        self._ghosts: set[Piece] = set()  # writes that nobody waits for any more
         self._own_flush: Request | None = None
         self._last_answer = 0.0
 
@@ -71,6 +72,7 @@ class Unit:
         if self.connection is not None:
             self.connection.pieces.clear()
             self.connection = None
+        self._ghosts.clear()
         self.under_way = 0
         self._own_flush = None
 
@@ -89,6 +91,8 @@ class Unit:
                 queue.popleft()
                 continue
             if not request.sent:
+                if self._ghosts and request.op in WRITING and self._meets_ghost(request):
+                    return
                 if request.op in WRITING and self.kept.bytes + self.under_way >= KEPT_LIMIT:
                     self.flush_kept()
                     if self._own_flush is not None:
@@ -98,6 +102,22 @@ class Unit:
             if request.todo >= request.length:
                 queue.popleft()
 
+    def _meets_ghost(self, request: Request) -> bool:
+        end = request.offset + request.length
+        return any(request.offset < ghost.at + ghost.length and ghost.at < end for ghost in self._ghosts)
+
+    def abandon(self, request: Request) -> None:
+        """It is being answered without the driver, whose answer will mean nothing.
+
+        A write may still be carried out at any moment: until it is settled nobody else may write there.
+        """
+        if request.open and self.connection is not None:
+            for piece in self.connection.pieces.values():
+                if piece.request is request:
+                    piece.request = None
+                    if piece.op in WRITING:
+                        self._ghosts.add(piece)
+
     def begin(self, request: Request, now: float) -> None:
         """The driver is about to be asked for it."""
         request.sent = now
@@ -106,7 +126,8 @@ class Unit:
 
     def _ask(self, connection: DriverConnection, request: Request, now: float) -> None:
         op = request.op
-        most = self.maximum if op in WITH_DATA else _WITHOUT_DATA
+        # A status may be answered for less than was asked for, so it is never put together from several.
+        most = self.maximum if op in WITH_DATA else request.length if op == _STATUS else _WITHOUT_DATA
         at = request.todo
         size = min(most, request.length - at)
         piece = Piece(request, op, request.offset + at, size, now)
@@ -169,7 +190,8 @@ class Unit:
             # The device cannot say that it is safe, and we cannot keep more: whoever flushes next is told.
             self.lose(len(self.kept))
             self.kept.covered(request.mark)
-        self.pump()
+        if self.service.pumping:
+            self.pump()
 
     def lose(self, count: int) -> None:
         """Something acknowledged is lost: no FLUSH of those who may have written it succeeds any more."""
@@ -194,7 +216,9 @@ class Unit:
         if piece.op in WITH_DATA:
             self.under_way -= piece.length
         request = piece.request
-        if request is not None:
+        if request is None:
+            self._ghosts.discard(piece)
+        else:
             request.open -= 1
             request.error = request.error or error
             if not request.open and (request.todo >= request.length or request.error):

@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"t": "ready", "socket": emulator.path, "listen": listen}), flush=True)
         emulator.when_ended(lambda: os.kill(os.getpid(), signal.SIGTERM))
         signal.sigwait(ending)
+    except OSError as error:
+        print(f"udf devices: --control {arguments.control}: {error.strerror}.", file=sys.stderr)
+        return 1
     except UserError as error:
         print(f"udf devices: {error}", file=sys.stderr)
         return 1

@@ -90,6 +90,9 @@ class Device:
             if name not in IDENTITY:
                 raise TypeError(f"{type(self).__name__} has no option {name!r}")
             setattr(self, name, value)
+        for name in ("vendor", "product", "release"):
+            if not 0 <= getattr(self, name) <= 0xFFFF:
+                raise ValueError(f"{name} is a number of 16 bits, not {getattr(self, name):#x}")
         if self.product_name is None:
             self.product_name = type(self).__name__
         self._watched: set[int] = set()
@@ -179,6 +182,11 @@ class Device:
         """Bytes that are pushed and not yet taken."""
         pipe = self._engine.pipes.get(endpoint) if self._engine is not None else None
         return sum(map(len, list(pipe.queue))) if pipe is not None else 0
+
+    def toggle(self, endpoint: int) -> int:
+        """What its next packet carries, 0 for DATA0 or 1 for DATA1: it begins anew when a halt is cleared."""
+        pipe = self._engine.pipes.get(endpoint) if self._engine is not None else None
+        return pipe.toggle if pipe is not None else 0
 
     def later(self, seconds: float, call: Callable[[], object]) -> None:
         """Call in the emulator's thread after a time, if it is plugged in."""

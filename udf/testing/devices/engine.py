@@ -82,7 +82,7 @@ class Engine:
 
     def pump(self, pipe: Pipe) -> None:
         """Go on with the transfers of an endpoint, as far as the device lets."""
-        if pipe.busy:
+        if pipe.busy or pipe.blocked:
             pipe.again = True
             return
         pipe.busy = True
@@ -99,6 +99,8 @@ class Engine:
                 # A handler may have unplugged, reset or reconfigured its own device.
                 if pipe.waiting and pipe.waiting[0] is transfer:
                     pipe.waiting.popleft()
+                if pipe.blocked:
+                    return
         finally:
             pipe.busy = False
 
@@ -137,6 +139,7 @@ class Engine:
             data = transfer.out if action is None else _spoil_out(transfer)
             self.device.on_out(transfer.address, data)
             transfer.actual = len(data)
+            pipe.passed(len(data))
         except Nak:
             return transfer.done
         except Stall:
@@ -170,6 +173,7 @@ class Engine:
             if length % size or not length:
                 break  # a short packet is the end
         got = transfer.got
+        pipe.passed(transfer.actual)
         self._end(transfer, OK, got[0] if len(got) == 1 else b"".join(got))
         return True
 
@@ -234,8 +238,7 @@ class Engine:
         if action is not None:
             if action.late and status == OK:
                 if action.kind == "delay":
-                    transfer.action = None
-                    self.loop.later(action.seconds, lambda: self._end(transfer, status, data))
+                    self._answer_later(transfer, status, data)
                     return
                 if action.kind == "unplug":
                     self.unplug(action.seconds)
@@ -255,6 +258,22 @@ class Engine:
         elif status != OK:
             transfer.actual = 0
         self._finished(transfer, status, data)
+
+    def _answer_later(self, transfer: Transfer, status: int, data: bytes | memoryview) -> None:
+        """The device has done it; the answer, and all after it on this endpoint, take their time."""
+        assert transfer.action is not None
+        pipe = self.control if transfer.setup is not None else self.pipes.get(transfer.address)
+        if pipe is not None:
+            pipe.blocked = True
+
+        def answer() -> None:
+            self._end(transfer, status, data)
+            if pipe is not None:
+                pipe.blocked = False
+                self.pump(pipe)
+
+        self.loop.later(transfer.action.seconds, answer)
+        transfer.action = transfer.action._replace(late=False)
 
     def _release(self, pipe: Pipe, transfer: Transfer) -> None:
         transfer.held = False
@@ -291,6 +310,7 @@ class Engine:
         pipe = self.pipes.get(address)
         if pipe is None:
             return address & 0x7F == 0
+        pipe.toggle = 0  # chapter 9.4.5: halted or not
         if not pipe.wedged:
             pipe.halted = False
             self.pump(pipe)

@@ -51,6 +51,7 @@ class Keyboard(Device):
 
     def __init__(self, text: str = "", **identity: Any) -> None:
         super().__init__(**identity)
+        self._check(text)
         self.lights = 0  # bit 0 num lock, 1 caps lock, 2 scroll lock
         self.boot = False  # which protocol is chosen; both have the same reports here
         self._text = text
@@ -104,6 +105,12 @@ class Keyboard(Device):
         keys = bytes(self._down) if len(self._down) <= 6 else b"\x01" * 6
         return bytes((self._modifiers, 0)) + keys.ljust(6, b"\0")
 
+    @staticmethod
+    def _check(text: str) -> None:
+        for each in text:
+            if each not in _KEYS:
+                raise ValueError(f"no key writes {each!r}")
+
     def press(self, usage: int, modifiers: int = 0) -> None:
         """A key goes down."""
         self._modifiers |= modifiers
@@ -119,9 +126,8 @@ class Keyboard(Device):
 
     def type(self, text: str) -> None:
         """Key by key. ValueError for what no key of this keyboard writes."""
+        self._check(text)
         for each in text:
-            if each not in _KEYS:
-                raise ValueError(f"no key writes {each!r}")
             usage, modifiers = _KEYS[each]
             self.press(usage, modifiers)
             self.let_go()

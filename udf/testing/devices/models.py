@@ -66,7 +66,7 @@ def make(model: str, options: Mapping[str, Any]) -> Device:
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{what}{error.strerror or error}.") from None
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"The model {model!r} cannot be made: {error}.") from None
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("udf.devices")
 REQUEST_WATCH, REQUEST_CONTROL = 0x8055, 0x8056  # private to this project; usbipd closes on them
 PATIENCE = 10.0  # seconds for a client to say what it wants
+PAUSE = 0.5  # seconds without accepting when the system has no descriptor left
 MAX_LINE = 64 * 1024
 MAX_UNSENT = 8 * 1024 * 1024  # a watcher that does not read is cut off; it can list again
 MAX_CLIENTS = 1024
@@ -85,12 +86,22 @@ class Listener:
     def _accept(self, _events: int) -> None:
         try:
             sock, _ = self._sock.accept()
-        except OSError:
-            return  # it is gone already, or there is no descriptor left: the next event tells
+        except (BlockingIOError, ConnectionError):
+            return  # it is gone already
+        except OSError as error:
+            # No descriptor is left, and epoll would say at once that somebody waits.
+            log.warning("cannot accept a connection: %s", error.strerror)
+            self._emulator.loop.change(self._sock.fileno(), 0)
+            self._emulator.loop.later(PAUSE, self._resume)
+            return
         if len(self._emulator.clients) >= MAX_CLIENTS:
             sock.close()
             return
         Client(self._emulator, sock, trusted=self._trusted)
+
+    def _resume(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._emulator.loop.change(self._sock.fileno(), READ)
 
 
 class Client:

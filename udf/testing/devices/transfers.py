@@ -116,20 +116,40 @@ class Transfer:
 class Pipe:
     """An endpoint as it is configured now. The control endpoint is one too."""
 
-    __slots__ = ("again", "busy", "due", "endpoint", "halted", "is_in", "kind", "queue", "size", "waiting", "wedged")
+    __slots__ = (
+        "again",
+        "blocked",
+        "busy",
+        "due",
+        "endpoint",
+        "halted",
+        "is_in",
+        "kind",
+        "queue",
+        "size",
+        "toggle",
+        "waiting",
+        "wedged",
+    )
 
     def __init__(self, endpoint: Endpoint, speed: Speed) -> None:
         self.endpoint = endpoint
         self.kind = endpoint.kind
         self.is_in = bool(endpoint.address & 0x80)
-        self.size = endpoint.packet_size(speed) & 0x7FF
+        self.size = endpoint.packet_size(speed) & 0x7FF or 1
+        self.toggle = 0  # what the next packet carries: 0 DATA0, 1 DATA1
         self.waiting: deque[Transfer] = deque()
         self.queue: deque[bytes | memoryview] = deque()  # pushed by the model, each ends with its last packet
         self.halted = False
         self.wedged = False  # halted, and CLEAR_FEATURE does not help
         self.busy = False  # a handler for it runs
         self.again = False  # something changed while it ran
+        self.blocked = False  # an answer that a fault delays keeps the next ones behind it
         self.due = 0.0  # isochronous: when the last accepted transfer will be over
+
+    def passed(self, length: int) -> None:
+        """A transfer of so many bytes went over the bus, a packet of length zero if of none."""
+        self.toggle ^= (-(-length // self.size) or 1) & 1
 
     def take(self, room: int) -> bytes | memoryview | None:
         """The next data of the queue for a transfer with so much room; whole packets, so it may be more than that."""
