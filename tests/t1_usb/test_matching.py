@@ -100,7 +100,6 @@ def test_each_interface_of_a_composite_device_gets_its_own_driver() -> None:
     verdict = judge(device(interfaces=(STORAGE, ACM, ACM_DATA)), TRIPLE, CLASS, ACM_DRIVER)
     assert bound(verdict) == [("triple", 0), ("acm", 1)]
     assert verdict.text == "triple, acm"
-    assert [binding.along for binding in verdict.bindings] == [(), (2,)]  # the data of the serial port
 
 
 def test_a_class_in_any_alternate_setting_counts() -> None:

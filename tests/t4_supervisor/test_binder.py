@@ -19,11 +19,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from udf import messages
 from udf.errors import UserError
 from udf.manifest import Manifest, check_manifest
-from udf.supervisor.binder import HEALTHY, LOOK, NAME_WAIT, Binder, Present
+from udf.supervisor.binder import HEALTHY, LOOK, NAME_WAIT, Binder
 from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.offers import Offer
 from udf.supervisor.rebinding import RETRIES, may_begin, retry_delay
+from udf.supervisor.tenants import Present
 from udf.usb.matching import Binding, DeviceFacts, InterfaceFacts
 from udf.usb.rules import check_rules
 
@@ -476,6 +477,25 @@ async def test_an_instance_that_ends_by_itself_is_started_again_and_one_that_was
 
 def test_retries_double_and_end() -> None:
     assert [retry_delay(failures) for failures in range(1, 7)] == [*RETRIES, None]
+
+
+async def test_a_mistake_of_ours_in_one_start_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(binding: Binding) -> str | None:
+        if binding.driver is THERMOMETER:
+            world.leases[-1].close()
+            raise RuntimeError("a bug")
+        return None
+
+    async with world_of(STORAGE, THERMOMETER) as world:
+        world.refuse = refuse
+        key = world.plug("1-1")
+        await quiet()
+        world.plug("1-2", **STICK)
+        await quiet()
+        assert list(world.running) == ["disk0"]
+        (failure,) = world.binder.failures_of(key)
+        assert failure[2] == "the supervisor made a mistake (RuntimeError): see its log"
+    assert "failed by our own mistake" in caplog.text
 
 
 async def test_names_that_others_have_are_left_to_them() -> None:

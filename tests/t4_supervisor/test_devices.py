@@ -14,6 +14,7 @@ from lab import Lab, errno_of_read, gone, laboratory, read, serves
 from real import needs_fuse
 
 from udf.fuse.mountinfo import find_mount
+from udf.supervisor import restart
 from udf.supervisor.instance import Reason, State
 from udf.supervisor.plan import BusyError, StartFailedError
 from udf.testing.devices.thermometer import Thermometer
@@ -165,6 +166,47 @@ async def test_a_device_may_be_unplugged_while_its_driver_is_replaced(lab: Lab) 
         await gone(endpoint, 1.5)
         assert endpoint.instance.reason is Reason.UNPLUGGED
         assert not lab.place("t0").exists()
+
+
+@pytest.mark.parametrize("state", [State.RECOVERING, State.FAILED])
+async def test_a_driver_that_rests_or_is_given_up_is_unplugged_like_any_other(
+    lab: Lab, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "FIRST_DELAY", 30.0 if state is State.RECOVERING else 0.01)
+    lease = await lab.plug(Thermometer())
+    endpoint = await lab.start("t0", "sensor", lease)
+
+    async def kill_it() -> None:
+        while endpoint.instance.state is not State.GONE:
+            await errno_of_read(lab.place("t0") / "die")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kill_it)
+        with trio.fail_after(20):
+            while endpoint.instance.state is not state or (state is State.RECOVERING and not lab.is_resting(endpoint)):
+                await trio.sleep(0.01)
+        await lab.unplug(lease)
+        await gone(endpoint, 1.0)
+    assert endpoint.instance.reason is Reason.UNPLUGGED
+
+
+async def test_a_spare_has_no_connection_before_its_turn(lab: Lab) -> None:
+    lease = await lab.plug(Thermometer())
+    endpoint = await lab.start("t0", "sensor", lease, options={"spare": ""})
+    with trio.fail_after(10):
+        while endpoint.recovery.spare_pid is None:
+            await trio.sleep(0.01)
+    await trio.sleep(0.2)  # it gets warm
+    spare = endpoint.recovery.spare_pid
+    assert lease.opened == 1
+    assert endpoint.driver.pid is not None
+    os.kill(endpoint.driver.pid, signal.SIGKILL)
+    assert await read(lab.place("t0") / "celsius") == b"21.50\n"
+    await serves(endpoint, 2)
+    assert endpoint.driver.pid == spare
+    assert lease.opened == 2
+    await lab.unplug(lease)
+    await gone(endpoint, 1.0)
 
 
 async def test_a_name_or_place_that_is_taken_is_refused(lab: Lab) -> None:

@@ -82,9 +82,10 @@ class Daemon:
             try:
                 while b"READY=1" not in ready.recv(4096):
                     pass
-            except BaseException:
+            except BaseException as exc:
                 self.process.kill()
                 self.process.wait()
+                exc.add_note(self.text())
                 raise
             finally:
                 notify.unlink()

@@ -254,11 +254,7 @@ def test_the_death_of_the_emulator_is_an_unplug_of_everything(lab: Lab) -> None:
     lab.driver()
     for number in range(3):
         lab.plug(*MODEL, "--name", f"t{number}")
-    pid = next(
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and str(lab.daemon.directory / "usbip.sock").encode() in _cmdline(entry)
-    )
+    pid = int(_emulator(lab).name)
     os.kill(pid, signal.SIGKILL)
     until = time.monotonic() + 15
     while lab.devices():
@@ -266,6 +262,40 @@ def test_the_death_of_the_emulator_is_an_unplug_of_everything(lab: Lab) -> None:
     assert "nothing emulated is plugged in" in lab.daemon.udf.refused("unplug", "t0")
     assert lab.plug(*MODEL, "--name", "t0")["state"] == "bound"
     assert read(lab.dev / "probe0/celsius") == " 21.50"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has something to give up")
+def test_the_emulator_may_do_nothing_but_read_and_write_files(lab: Lab) -> None:
+    lab.plug(*MODEL)
+    status = dict(
+        line.split(":\t", 1) for line in (_emulator(lab) / "status").read_text().splitlines() if ":\t" in line
+    )
+    assert status["NoNewPrivs"] == "1"
+    dac_override, dac_read_search, fowner = 1 << 1, 1 << 2, 1 << 3
+    assert int(status["CapEff"], 16) & ~(dac_override | dac_read_search | fowner) == 0
+    assert int(status["CapBnd"], 16) & ~(dac_override | dac_read_search | fowner) == 0
+
+
+def test_two_daemons_do_not_share_a_directory_of_devices(lab: Lab) -> None:
+    from .conftest import Command
+
+    second = Command(lab.daemon.directory / "second.sock")
+    assert "another daemon keeps its devices in" in second.refused("daemon", timeout=20)
+
+
+def test_where_others_can_write_a_daemon_has_a_directory_of_its_own(tmp_path: Path, runtime_dir: Path) -> None:
+    runtime_dir.chmod(0o1777)
+    with running_daemon(runtime_dir, HOME=str(tmp_path)) as daemon:
+        assert (runtime_dir / "udf.sock.d/dev/by-id").is_dir()
+        assert daemon.udf.done("devices") == "No device is there.\n"
+
+
+def _emulator(lab: Lab) -> Path:
+    return next(
+        entry
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and str(lab.daemon.directory / "usbip.sock").encode() in _cmdline(entry)
+    )
 
 
 def _cmdline(entry: Path) -> bytes:

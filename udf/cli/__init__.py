@@ -40,8 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"udf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, parents=[common])
+    def command(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
+        """`more` is shown as it stands, below the arguments."""
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            epilog=more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         added.set_defaults(run=name)
         return added
 
@@ -99,13 +107,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_device_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    command("devices", "show every device, and which driver serves it or why none does")
+def _add_device_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    command("devices", "show every device, and which driver serves it or why none does", _DEVICES)
 
-    why = command("why", "show every driver that was looked at for DEVICE, and why it was or was not chosen")
+    why = command("why", "show every driver that was looked at for DEVICE, and why it was or was not chosen", _WHY)
     why.add_argument("device", metavar="DEVICE", help="its name, port, VENDOR:PRODUCT, serial, or an instance's name")
 
-    plug = command("plug", "plug an emulated device in: a stick with an image FILE, or another MODEL")
+    plug = command("plug", "plug an emulated device in: a stick with an image FILE, or another MODEL", _PLUG)
     plug.add_argument("what", metavar="FILE|MODEL", help="an image file, or the name of a device model")
     plug.add_argument("--model", metavar="MODEL", help="what the FILE is the content of (default: storage)")
     plug.add_argument("--name", help="what to call it (default: after the file or the model)")
@@ -128,6 +136,38 @@ def _add_device_commands(command: Callable[[str, str], argparse.ArgumentParser])
     faults = command("faults", "change what goes wrong with an emulated device")
     faults.add_argument("name", metavar="NAME", help="as `udf devices` shows it, or an instance's name")
     faults.add_argument("rules", metavar="RULES", nargs="*", help="as for plug; none: nothing goes wrong any more")
+
+
+_DEVICES = """\
+states:
+  bound      a driver serves it, WHERE says where
+  starting, ending
+  failed     its driver could not be started, or does not hold
+  waiting    its driver requires something that is not there yet
+  tie        several drivers fit equally well: a [[prefer]] rule decides
+  denied     by a [[deny]] rule
+  no_driver  nothing on the search path is for it
+  hub        hubs need no driver
+"""
+_WHY = """\
+examples:
+  udf why stick              an emulated device by its name
+  udf why disk0              the device behind an instance
+  udf why 1-1.4              what is plugged in there
+  udf why 0781:5567          by vendor and product, in hexadecimal
+"""
+_PLUG = """\
+It answers when a driver serves the device, or says why none does.
+
+examples:
+  udf plug stick.img                                   a stick; `udf unplug stick` pulls it out
+  udf plug thermometer -o celsius=36.6 --name bath
+  udf plug stick.img --serial A1 --faults 'unplug at=100' --faults 'stall ep=0x81 rate=0.01 seed=7'
+
+faults: stall eio short babble delay corrupt drop unplug
+which:  ep=N (0x81: in) request=N at=N every=N rate=P seed=N after=N count=N import=N
+how:    bytes=N ms=N back=MS late=yes
+"""
 
 
 def _check_text(words: Sequence[str]) -> None:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import trio
 
@@ -27,11 +25,11 @@ from udf.manifest import Manifest
 from udf.supervisor import naming
 from udf.supervisor.bell import Bell
 from udf.supervisor.instance import EventLog, Instance, Reason, State
-from udf.supervisor.lease import Lease
 from udf.supervisor.naming import Identity, Numbers
 from udf.supervisor.offers import Offer
 from udf.supervisor.rebinding import may_begin, may_stay, retry_delay
-from udf.usb.matching import Binding, DeviceFacts, Verdict, wanted
+from udf.supervisor.tenants import Endpoint, Failure, Known, Present, Starter, Tenant
+from udf.usb.matching import Binding, Verdict, wanted
 
 LOOK = 10.0  # for events that were lost
 NAME_WAIT = 10.0  # for the end of what had the name before; then the device gets another one
@@ -39,91 +37,6 @@ HEALTHY = 60.0  # what served so long may fail as often as a new one
 _FINAL = (Reason.OPERATOR, Reason.EXTERNAL, Reason.SHUTDOWN)  # somebody wanted the end: it is not started again
 
 log = logging.getLogger("udf.binder")
-
-
-class Endpoint(Protocol):
-    """What runs for one binding."""
-
-    instance: Instance
-    ended: trio.Event
-
-    async def end(self, reason: Reason) -> None:
-        """Make it GONE whatever it takes."""
-
-
-@dataclass(frozen=True)
-class Present:
-    """A device that is there, with what its bus can make of it."""
-
-    facts: DeviceFacts
-    lease: Callable[[Binding, bool], Lease]  # True: others have, or will have, its other interfaces
-    name: str = ""  # what its bus calls it, if it does
-
-
-class Starter(Protocol):
-    """Runs instances; the registry, as devices.py adapts it."""
-
-    async def start(self, name: str, binding: Binding, lease: Lease) -> Endpoint:
-        """Start and wait until it can be used. UserError says why it cannot. It ends by itself when the lease does.
-
-        The lease is its own from here on, also to be closed.
-        """
-
-    def is_taken(self, name: str) -> bool:
-        """Whether something has this name that is not ours."""
-
-    def linked(self, name: str, by_id: str) -> None:
-        """It can be used: show it under its name by-id."""
-
-    def unlinked(self, by_id: str) -> None:
-        """It has ended: take that name away."""
-
-
-class Tenant:
-    """A driver with a device, from the decision to the end of its instance."""
-
-    def __init__(self, binding: Binding, facts: DeviceFacts, lease: Lease) -> None:
-        self.binding = binding
-        self.facts = facts
-        self.lease = lease
-        self.name = ""
-        self.by_id = ""
-        self.is_linked = False  # its name by-id can be seen
-        self.endpoint: Endpoint | None = None
-        self.stopping = trio.Event()  # it is not wanted any more
-
-    @property
-    def slot(self) -> tuple[str, int | None]:
-        """What it has: a device, or an interface of it."""
-        return self.binding.key, self.binding.interface
-
-    @property
-    def serves(self) -> bool:
-        """Whether it can be used."""
-        return self.endpoint is not None and not self.endpoint.ended.is_set()
-
-
-@dataclass
-class _Failure:
-    """What came of the last attempt at a binding."""
-
-    driver: Manifest
-    options: Mapping[str, str]
-    text: str
-    count: int = 0
-    again: float | None = None  # when to try again, by trio's clock; None: not by itself
-
-
-@dataclass
-class Known:
-    """What is known of one device: the last verdict, and its own line among the events."""
-
-    facts: DeviceFacts
-    name: str
-    instance: Instance
-    verdict: Verdict | None = None
-    is_shared: bool = False  # those who have it now have a connection for each interface
-    failures: dict[tuple[int | None, str], _Failure] = field(default_factory=dict)
 
 
 class Binder:
@@ -159,7 +72,11 @@ class Binder:
         """Make it so, again and again."""
         while True:
             self._poked = trio.Event()
-            again = self._pass()
+            again = float("inf")
+            try:
+                again = self._pass()
+            except Exception:
+                log.exception("binding failed by our own mistake; what serves goes on")  # the next look is another try
             self._passes += 1
             self.bell.ring()
             with trio.move_on_at(min(again, trio.current_time() + LOOK)):
@@ -288,6 +205,10 @@ class Binder:
                 log.warning("%s: the driver %s could not be started: %s", tenant.name, driver.name, exc)
                 self._failed(tenant, str(exc), served=0.0)
             return
+        except Exception as exc:  # the border: a start must not take all other devices with it
+            log.exception("%s: starting the driver %s failed by our own mistake", tenant.name, driver.name)
+            self._failed(tenant, f"the supervisor made a mistake ({type(exc).__name__}): see its log", served=0.0)
+            return
         tenant.endpoint = endpoint
         began = trio.current_time()
         self._link(tenant)
@@ -329,7 +250,7 @@ class Binder:
         count = 1 if before is None or served >= HEALTHY else before.count + 1
         delay = None if final else retry_delay(count)
         again = None if delay is None else trio.current_time() + delay
-        known.failures[slot] = _Failure(driver, tenant.binding.options, text, count, again)
+        known.failures[slot] = Failure(driver, tenant.binding.options, text, count, again)
 
     # ---- what is said of a device
 

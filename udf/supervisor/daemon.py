@@ -45,7 +45,12 @@ def main(socket_path: str | None = None, *, usbip: Sequence[str] = (), rules: st
     control = sockets.ControlSocket.bind(path)
     try:
         sockets.private_sockets()  # clears away what killed supervisors have left
-        trio.run(_run, control, DaemonOptions(path.parent, usbip, rules))
+        home = sockets.home_of(path)
+        lock = sockets.lock_home(home)
+        try:
+            trio.run(_run, control, DaemonOptions(home, usbip, rules))
+        finally:
+            lock.release()
     finally:
         control.remove()
     return 0

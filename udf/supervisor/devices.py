@@ -19,7 +19,7 @@ import trio
 
 from udf.errors import UserError
 from udf.supervisor import sockets
-from udf.supervisor.binder import Binder, Known, Present, Tenant
+from udf.supervisor.binder import Binder
 from udf.supervisor.emulator import Emulator
 from udf.supervisor.instance import State
 from udf.supervisor.leases import Leases
@@ -28,6 +28,7 @@ from udf.supervisor.output import sentence
 from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import Registry
 from udf.supervisor.starter import RegistryStarter
+from udf.supervisor.tenants import Known, Present, Tenant
 from udf.usb import descriptors
 from udf.usb.bus import Bus, BusDevice
 from udf.usb.matching import DeviceFacts, InterfaceFacts, Verdict

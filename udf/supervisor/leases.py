@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import trio
 
@@ -47,15 +47,14 @@ class BusLease(Lease):
 class SharedLease(Lease):
     """One interface of a device whose other interfaces others have."""
 
-    def __init__(self, shared: _SharedDevice, device: BusDevice, interface: int, along: Collection[int]) -> None:
+    def __init__(self, shared: _SharedDevice, device: BusDevice, interface: int) -> None:
         super().__init__(device.spec(interface))
         self._shared = shared
         self._interface = interface
-        self._along = along
 
     async def open(self) -> socket.socket:
-        """A connection for one generation, to its interface only."""
-        return await self._shared.connect(self._interface, self._along)
+        """A connection for one generation: to its interface, and those that belong to it by the device's own word."""
+        return await self._shared.connect(self._interface)
 
     def close(self) -> None:
         """The last one closes the device's connection."""
@@ -73,19 +72,19 @@ class _SharedDevice:
         self._share: Share | None = None
         self._opening = trio.Lock()
 
-    async def connect(self, interface: int, along: Collection[int]) -> socket.socket:
+    async def connect(self, interface: int) -> socket.socket:
         """A connection to an interface; DeviceGone, or an OSError (EBUSY: try again)."""
         async with self._opening:
             if self._share is not None:
                 try:
-                    return self._share.connect(interface, along)
+                    return self._share.connect(interface)
                 except OSError as exc:
                     if exc.errno != errno.ENODEV:
                         raise
                 self._drop()  # its connection has ended; whether the device has gone too, the bus knows
             connection = await self._bus.open(self._device.key)
             self._share = Share(connection, self._device.spec())
-            return self._share.connect(interface, along)
+            return self._share.connect(interface)
 
     def let_go(self) -> None:
         """One lease less."""
@@ -118,6 +117,6 @@ class Leases:
                 self._shared = {key: each for key, each in self._shared.items() if each.leases}
                 whole = self._shared[facts.key] = _SharedDevice(bus, device, self._nursery)
             whole.leases += 1
-            return SharedLease(whole, device, binding.interface, binding.along)
+            return SharedLease(whole, device, binding.interface)
 
         return make

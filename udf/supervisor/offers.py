@@ -68,11 +68,11 @@ class Offers:
     async def _read(self) -> None:
         try:
             found, _ = await catalog.in_thread(lambda: list_drivers(Trust.own()), "the search path")
-        except UserError as exc:
+            drivers = tuple(each for each in found if each.kind == "usb")
+            missing = await catalog.in_thread(lambda: _missing(drivers), "PATH")
+        except (UserError, OSError) as exc:
             log.warning("%s; the drivers that were known stay", exc)
             return
-        drivers = tuple(each for each in found if each.kind == "usb")
-        missing = await catalog.in_thread(lambda: _missing(drivers), "PATH")
         rules, problems = await self._read_rules()
         for problem in problems:
             if problem not in self.now.problems:
@@ -88,7 +88,7 @@ class Offers:
             try:
                 reading = functools.partial(read_rules, path, must_exist=self._rules is not None)
                 self._good[path] = await catalog.in_thread(reading, f"the rules file {path}")
-            except UserError as exc:
+            except (UserError, OSError) as exc:
                 problems.append(str(exc))
             rules = rules.followed_by(self._good.get(path, NO_RULES))
         return rules, tuple(problems)

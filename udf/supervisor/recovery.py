@@ -43,6 +43,7 @@ LINK_GRACE = 2.0  # between the end of a process and the end of its link, whiche
 LAST_WORDS = 0.2  # after a death of its own making, for what it printed
 STOP_GRACE = 5.0  # for the host to end after `stop`
 UNPLUG_GRACE = 0.2  # for a driver to see that its device is gone, before it is ended
+REATTACH_GRACE = 0.0  # for the same device to come back; nothing takes it back yet
 CUT_GRACE = 0.05  # between the end of a connection and the bus's word that the device is gone
 
 log = logging.getLogger("udf.mounts")
@@ -412,8 +413,8 @@ class Recovery:
     async def _detach(self) -> None:
         """Programs are told first, then the driver; what follows is decided here and nowhere else.
 
-        The instance ends at once: `is_detached` makes endpoint.py end it. A grace time in which the same device may
-        come back and go on with open files would be waited for here, in DETACHED, before that.
+        `is_detached` makes endpoint.py end the instance. Until then it is DETACHED, and REATTACH_GRACE is the time in
+        which the same device may come back, to go on with open files.
         """
         text = "the device was unplugged"
         log.info("%s: %s", self._plan.name, text)
@@ -429,6 +430,7 @@ class Recovery:
             serving.kill()
         if self._tenancy is not None:
             self._tenancy.fence()
+        await self._bell.within(REATTACH_GRACE, lambda: self._is_ending or self._front.is_over)
         self.is_detached = True
         self._bell.ring()
 

@@ -226,7 +226,7 @@ class Registry:
             names.add(attach.files_name(asked.name))
         for name in sorted(names & self._names):
             raise BusyError(name, f"the name {name} is taken: choose another name")
-        place = self.places.take(asked.name)
+        place = self.places.take(asked.name, (asked.owner or Identity.own()).uid)
         try:
             around = attach.Surroundings(
                 place=place.path, socket=self.places.socket(asked.name), environment=environment, files=files

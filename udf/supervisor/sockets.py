@@ -1,6 +1,7 @@
 """Where the control sockets are, and who may own one: run-time directory, locks, binding, clearing away dead ones.
 
-Owns: <rundir>/io.udf.Supervisor (the daemon's), <rundir>/mounts/<pid>.sock (private supervisors'), <rundir>/locks.
+Owns: <rundir>/io.udf.Supervisor (the daemon's), <rundir>/mounts/<pid>.sock (private supervisors'), <rundir>/locks, and
+which directory a daemon has for its devices.
 Must never: import trio or msgspec (the command line reads this file), or remove a socket that somebody listens on.
 Called by: client.py, daemon.py, private.py, registry.py.
 
@@ -41,6 +42,26 @@ def rundir() -> Path:
 def daemon_socket() -> Path:
     """Where this user's daemon listens unless told otherwise."""
     return rundir() / INTERFACE
+
+
+def home_of(control: Path) -> Path:
+    """The directory in which a daemon keeps what belongs to its devices (R), by its control socket.
+
+    It is the socket's own directory, unless others can write there: in /tmp names such as `dev` are anybody's.
+    """
+    found = os.stat(control.parent)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        return control.with_name(control.name + ".d")
+    return control.parent
+
+
+def lock_home(home: Path) -> Lock:
+    """Make sure that no other daemon has the same one. UserError if one does."""
+    make_directory(home)
+    lock = Lock.take(home / "devices.lock")
+    if lock is None:
+        raise UserError(f"another daemon keeps its devices in {home}: give --socket a directory of its own")
+    return lock
 
 
 def private_directory() -> Path:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from udf.supervisor import catalog
 from udf.supervisor.attach import DevicePlan
-from udf.supervisor.binder import Endpoint, Starter
 from udf.supervisor.endpoint import Endpoint as RunningEndpoint
 from udf.supervisor.instance import Reason
 from udf.supervisor.lease import Lease
 from udf.supervisor.registry import Registry
+from udf.supervisor.tenants import Endpoint, Starter
 from udf.usb.matching import Binding
 
 

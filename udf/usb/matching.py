@@ -75,7 +75,6 @@ class Binding:
     driver: Manifest
     interface: int | None
     options: Mapping[str, str] = field(default_factory=dict)  # of the rule that prefers it
-    along: tuple[int, ...] = ()  # the interfaces behind it that nobody wants: a serial port's data, for instance
 
 
 @dataclass(frozen=True)
@@ -206,8 +205,7 @@ def _judge(
         lack = missing.get(winner.driver.name)
         if lack is None:
             winner.verdict = f"is chosen for {winner.where}: {winner.why}"
-            along = _along(device, winner.interface, winners)
-            bindings.append(Binding(device.key, winner.driver, winner.interface, winner.options, along))
+            bindings.append(Binding(device.key, winner.driver, winner.interface, winner.options))
         else:
             winner.verdict = f"is the best for {winner.where} ({winner.why}), but it waits: {lack}"
             waits.append(f"the driver {winner.driver.name} waits: {lack}")
@@ -279,20 +277,6 @@ def _choose(claims: list[_Claim]) -> tuple[list[_Claim], list[str]]:
         else:
             winners += best
     return sorted(winners, key=lambda claim: claim.interface or 0), ties
-
-
-def _along(device: DeviceFacts, interface: int | None, winners: list[_Claim]) -> tuple[int, ...]:
-    """The interfaces of one function follow each other, and only the first of them says what it is."""
-    if interface is None:
-        return ()
-    wanted = {each.interface for each in winners}
-    along = []
-    for each in device.bounded():
-        if each.number > interface:
-            if each.number in wanted:
-                break
-            along.append(each.number)
-    return tuple(along)
 
 
 def _tie(equal: list[_Claim], where: str) -> str:

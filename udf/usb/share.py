@@ -18,7 +18,7 @@ import selectors
 import socket
 import struct
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,11 +91,10 @@ class Share:
 
     # ---- from any thread
 
-    def connect(self, interface: int, along: Collection[int] = ()) -> socket.socket:
+    def connect(self, interface: int) -> socket.socket:
         """A connection for the driver of this interface. OSError: EBUSY if there is one, ENOENT, ENODEV.
 
-        `along` are interfaces that belong to it, such as the data interface of a serial port. When the driver before
-        has ended, what it had asked for is taken back before the new one is listened to.
+        When the driver before has ended, what it had asked for is taken back before the new one is listened to.
         """
         numbers = {each.number for each in self._active.all_interfaces()} if self._active is not None else set()
         if self._active is None or interface not in numbers:
