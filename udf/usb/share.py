@@ -47,8 +47,8 @@ class _Port:
 
     sock: socket.socket
     interface: int
-    interfaces: frozenset[int]  # that one, and those that come along with it
-    endpoints: frozenset[int]  # addresses of its interfaces, in all settings
+    function: frozenset[int]  # the interfaces that belong together with it
+    endpoints: frozenset[int]  # addresses of these, in all settings
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
     sent: dict[int, int] = field(default_factory=dict)  # its numbers of what is under way -> those upstream
@@ -99,17 +99,17 @@ class Share:
         numbers = {each.number for each in self._active.all_interfaces()} if self._active is not None else set()
         if self._active is None or interface not in numbers:
             raise OSError(errno.ENOENT, f"the device has no interface {interface}")
-        interfaces = self._active.function(interface).union(along)
+        function = self._active.function(interface)
         endpoints = frozenset(
             endpoint.address
             for each in self._active.all_interfaces()
-            if each.number in interfaces
+            if each.number in function
             for endpoint in each.endpoints
         )
         with self._lock:
             if self._ended:
                 raise OSError(errno.ENODEV, "the device is gone")
-            before = [each for each in self._ports.values() if each.interfaces & interfaces]
+            before = [each for each in self._ports.values() if each.function & function]
             if not all(_hung_up(each.sock) for each in before):
                 raise OSError(errno.EBUSY, f"interface {interface} is in use")
             for each in before:
@@ -117,7 +117,7 @@ class Share:
             self._replaced += before
             theirs, ours = socket.socketpair()
             ours.setblocking(False)
-            port = _Port(ours, interface, interfaces, endpoints)
+            port = _Port(ours, interface, function, endpoints)
             self._ports[interface] = port
             self._new.append(port)
             os.eventfd_write(self._wake, 1)
@@ -288,7 +288,7 @@ class Share:
             same = request == _SET_CONFIGURATION and self._active is not None and value == self._active.value
             return 0 if same else -errno.EPIPE
         if recipient == 1:
-            return None if index & 0xFF in port.interfaces else -errno.EPIPE
+            return None if index & 0xFF in port.function else -errno.EPIPE
         if recipient == 2:
             # Endpoint 0 is everybody's to look at, and nobody's to change.
             mine = index & 0xFF in port.endpoints or (not index & 0x7F and bool(request_type & 0x80))
