@@ -28,6 +28,13 @@ def test_smallest_filesystem_is_shown_verbatim() -> None:
     assert shown.group(1) == (ROOT / "fs" / "hello.py").read_text()
 
 
+def test_smallest_usb_driver_is_shown_verbatim_and_is_small() -> None:
+    shown = re.search(r"drivers/thermometer\.py`:\n\n```python\n(.*?)```", README, re.DOTALL)
+    assert shown is not None
+    assert shown.group(1) == (ROOT / "drivers" / "thermometer.py").read_text()
+    assert len(shown.group(1).splitlines()) <= 25
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.splitlines()[0] for script in SCRIPTS])
 def test_example_works_as_it_stands(script: str, daemon: Daemon, tmp_path: Path) -> None:
     """In an empty directory, with `udf` on PATH bound to a daemon of the test's own."""
