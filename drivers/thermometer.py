@@ -6,8 +6,6 @@
 # ///
 """A USB thermometer: `cat /run/udf/dev/thermometer0/celsius`."""
 
-import struct
-
 from udf import Attr, UsbDriver
 
 
@@ -23,5 +21,5 @@ class Thermometer(UsbDriver):
         return Attr("dir") if path == "/" else Attr(size=None)
 
     async def read(self, path: str, offset: int, size: int) -> bytes:
-        hundredths = struct.unpack("<h", await self.usb.control_in(0xC0, 1, length=2))[0]
-        return b"%.2f\n" % (hundredths / 100)
+        low, high = await self.usb.control_in(0xC0, 1, length=2)  # hundredths of a degree
+        return b"%.2f\n" % (int.from_bytes((low, high), "little", signed=True) / 100)
