@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT, make_runtime_dir, mounts_below
 from udf.supervisor.client import Connection
-from udf.testing.devices import BulkIn, Configuration, Device, Emulator, Interface
+from udf.testing.devices import Association, BulkIn, Configuration, Device, Emulator, Interface
 from udf.testing.devices.loopback import Loopback
 from udf.testing.devices.thermometer import Thermometer
 
@@ -394,7 +394,7 @@ class Pair(Device):
         Configuration(
             [
                 Interface(0xFF, 1, 0, endpoints=[BulkIn(1)]),
-                Interface(0xFF, 2, 0, endpoints=[BulkIn(2)]),
+                Interface(0xFF, 2, 0, endpoints=[BulkIn(2)], association=Association(2, 0xFF)),
                 Interface(0xFF, 9, 0, endpoints=[BulkIn(3)]),
             ]
         )

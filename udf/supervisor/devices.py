@@ -29,7 +29,6 @@ from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import Registry
 from udf.supervisor.starter import RegistryStarter
 from udf.supervisor.tenants import Known, Present, Tenant
-from udf.usb import descriptors
 from udf.usb.bus import Bus, BusDevice
 from udf.usb.matching import DeviceFacts, InterfaceFacts, Verdict
 from udf.usb.operations import Address
@@ -37,6 +36,7 @@ from udf.usb.remote import UsbipBus
 
 ARRIVAL_WAIT = 10.0  # from the emulator's word that it is plugged in until the bus has it
 BINDING_WAIT = 30.0  # from there until a driver serves it, or does not
+MAX_SEARCHED = 8192  # bytes of a configuration; the largest cameras have half of that
 EMULATED = "emulated"
 _WITHIN = {"files": "", "block": "/disk", "terminal": "/tty"}  # what a program opens, below the instance's directory
 
@@ -304,13 +304,14 @@ class NoDeviceError(UserError):
 
 def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:
     """What matching needs of a device; of nonsense in its descriptors as much as can be read."""
-    parsed = [descriptors.parse_configuration(each, lenient=True) for each in device.configurations]
-    active = [each for each in parsed if each.value == device.configuration] or parsed
-    interfaces = [
-        InterfaceFacts(alternates[0].number, tuple(each.triple for each in alternates))
-        for alternates in (active[0].interfaces if active else ())
-        if alternates
-    ]
+    active = device.active()
+    interfaces = []
+    for alternates in active.interfaces if active is not None else ():
+        if active is not None and alternates:
+            number = alternates[0].number
+            # To look for it in all that a hostile device can say, for each interface, would keep the loop.
+            function = active.function(number) if active.total_length <= MAX_SEARCHED else frozenset()
+            interfaces.append(InterfaceFacts(number, tuple(each.triple for each in alternates), function))
     return DeviceFacts(
         key=key,
         vendor=device.vendor,
