@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -210,15 +210,7 @@ class Devices:
                 broken = [t.endpoint for t in tenants if t.endpoint and t.endpoint.instance.state is State.FAILED]
                 if broken:
                     return "failed", broken[0].instance.text
-                served = {tenant.binding.interface for tenant in tenants}
-                late = [each.driver.name for each in verdict.bindings if each.interface not in served]
-                waits = (
-                    f"; {', '.join(late)} can have its interface at the next plug"
-                    if late and None not in served
-                    else ""
-                )
-                names = ", ".join(tenant.binding.driver.name for tenant in tenants)
-                return "bound", f"{names}{waits}"
+                return "bound", "; ".join([_names(tenants), *self._not_served(known, verdict, tenants)])
             return "starting", f"{tenants[0].binding.driver.name} starts"
         for driver, _, text, again in self.binder.failures_of(known.facts.key):
             after = (
@@ -226,6 +218,14 @@ class Devices:
             )
             return "failed", f"{text}{after}"
         return verdict.word, verdict.text
+
+    def _not_served(self, known: Known, verdict: Verdict, tenants: list[Tenant]) -> Iterator[str]:
+        """The interfaces of a device that is bound otherwise, whose drivers are not there."""
+        failures = {interface: text for _, interface, text, _ in self.binder.failures_of(known.facts.key)}
+        served = {tenant.binding.interface for tenant in tenants}
+        for each in verdict.bindings if None not in served else ():
+            if each.interface not in served:
+                yield f"{each.driver.name}: {failures.get(each.interface, 'it gets its interface at the next plug')}"
 
     # ---- what the operator asks
 
@@ -325,6 +325,10 @@ def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:
         bus=bus,
         is_readable=bool(device.device_descriptor),
     )
+
+
+def _names(tenants: list[Tenant]) -> str:
+    return ", ".join(tenant.binding.driver.name for tenant in tenants)
 
 
 def _triples(facts: DeviceFacts) -> list[tuple[int, int, int]]:
