@@ -109,6 +109,11 @@ class Lab:
     def place(self, name: str) -> Path:
         return self.home / "dev" / name
 
+    @staticmethod
+    def is_resting(endpoint: Endpoint) -> bool:
+        """Whether its driver is started again only after a while."""
+        return "it is started again in" in endpoint.driver.text
+
     def life(self, name: str, kind: str) -> list[tuple[str, str]]:
         return [(str(e.state), e.reason) for e in self.told("state") if e.kind == kind and e.name == name]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import trio
 from lab import Lab, errno_of_read, gone, laboratory, read, serves
 from real import needs_fuse
 
+from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
+from udf.supervisor import restart
 from udf.supervisor.instance import Reason, State
 from udf.supervisor.plan import BusyError, StartFailedError
 from udf.testing.devices.thermometer import Thermometer
@@ -167,6 +171,47 @@ async def test_a_device_may_be_unplugged_while_its_driver_is_replaced(lab: Lab) 
         assert not lab.place("t0").exists()
 
 
+@pytest.mark.parametrize("state", [State.RECOVERING, State.FAILED])
+async def test_a_driver_that_rests_or_is_given_up_is_unplugged_like_any_other(
+    lab: Lab, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "FIRST_DELAY", 30.0 if state is State.RECOVERING else 0.01)
+    lease = await lab.plug(Thermometer())
+    endpoint = await lab.start("t0", "sensor", lease)
+
+    async def kill_it() -> None:
+        while endpoint.instance.state is not State.GONE:
+            await errno_of_read(lab.place("t0") / "die")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kill_it)
+        with trio.fail_after(20):
+            while endpoint.instance.state is not state or (state is State.RECOVERING and not lab.is_resting(endpoint)):
+                await trio.sleep(0.01)
+        await lab.unplug(lease)
+        await gone(endpoint, 1.0)
+    assert endpoint.instance.reason is Reason.UNPLUGGED
+
+
+async def test_a_spare_has_no_connection_before_its_turn(lab: Lab) -> None:
+    lease = await lab.plug(Thermometer())
+    endpoint = await lab.start("t0", "sensor", lease, options={"spare": ""})
+    with trio.fail_after(10):
+        while endpoint.recovery.spare_pid is None:
+            await trio.sleep(0.01)
+    await trio.sleep(0.2)  # it gets warm
+    spare = endpoint.recovery.spare_pid
+    assert lease.opened == 1
+    assert endpoint.driver.pid is not None
+    os.kill(endpoint.driver.pid, signal.SIGKILL)
+    assert await read(lab.place("t0") / "celsius") == b"21.50\n"
+    await serves(endpoint, 2)
+    assert endpoint.driver.pid == spare
+    assert lease.opened == 2
+    await lab.unplug(lease)
+    await gone(endpoint, 1.0)
+
+
 async def test_a_name_or_place_that_is_taken_is_refused(lab: Lab) -> None:
     lease = await lab.plug(Thermometer())
     endpoint = await lab.start("t0", "sensor", lease)
@@ -176,6 +221,38 @@ async def test_a_name_or_place_that_is_taken_is_refused(lab: Lab) -> None:
     assert other.closed
     await lab.registry.end(endpoint, Reason.OPERATOR)
     assert not lab.place("t0").exists()
+
+
+async def test_what_a_device_serves_is_not_unmounted_but_unplugged(lab: Lab) -> None:
+    lease = await lab.plug(Thermometer())
+    endpoint = await lab.start("t0", "sensor", lease)
+    with pytest.raises(UserError, match="unplug it"):
+        await lab.registry.unmount(endpoint, lazy=False)
+    assert await read(lab.place("t0") / "celsius") == b"21.50\n"
+
+
+@pytest.mark.parametrize("driver", ["sensor", "sensor_line", "sensor_blocks"])
+async def test_an_ended_endpoint_leaves_nothing_in_memory(lab: Lab, driver: str) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        freed = trio.Event()
+
+        async def live() -> None:
+            lease = await lab.plug(Thermometer())
+            endpoint = await lab.start("t0", driver, lease)
+            weakref.finalize(endpoint, freed.set)
+            assert endpoint.driver.pid is not None
+            os.kill(endpoint.driver.pid, signal.SIGKILL)
+            await serves(endpoint, 2)
+            await lab.unplug(lease)
+            await gone(endpoint, 1.0)
+
+        await live()
+        with trio.fail_after(5):
+            await freed.wait()
+    finally:
+        gc.enable()
 
 
 async def test_a_place_that_a_killed_supervisor_left_is_used_again(lab: Lab) -> None:

@@ -52,8 +52,8 @@ class Places:
         """Where the block devices of this name are served."""
         return self._home / "block" / f"{name}.sock"
 
-    def take(self, name: str) -> Place:
-        """Make the directory. BusyError when somebody has it."""
+    def take(self, name: str, owner: int) -> Place:
+        """Make the directory, for this user to mount on. BusyError when somebody has it."""
         path = self.path(name)
         try:
             sockets.make_directory(path.parent)
@@ -67,6 +67,8 @@ class Places:
                     raise BusyError(str(path), f"{path} is a mountpoint already: unmount it, or choose another name")
                 _remove(path)  # of a supervisor that was killed
                 path.mkdir(0o755)
+                if owner != os.geteuid():
+                    os.chown(path, owner, -1)
             except BaseException:
                 lock.release()
                 raise

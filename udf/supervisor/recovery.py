@@ -25,7 +25,7 @@ from contextlib import closing
 import trio
 
 from udf import messages
-from udf.errors import DeviceGone, UserError
+from udf.errors import DeviceGone, UdfError, UserError
 from udf.supervisor import crashes
 from udf.supervisor.bell import Bell
 from udf.supervisor.crashes import CrashLog
@@ -43,6 +43,7 @@ LINK_GRACE = 2.0  # between the end of a process and the end of its link, whiche
 LAST_WORDS = 0.2  # after a death of its own making, for what it printed
 STOP_GRACE = 5.0  # for the host to end after `stop`
 UNPLUG_GRACE = 0.2  # for a driver to see that its device is gone, before it is ended
+REATTACH_GRACE = 0.0  # for the same device to come back; nothing takes it back yet
 CUT_GRACE = 0.05  # between the end of a connection and the bus's word that the device is gone
 
 log = logging.getLogger("udf.mounts")
@@ -102,8 +103,9 @@ class Recovery:
             except DeviceGone:
                 self._bell.ring()  # it is not the generation's failure, and it is not told to serve
                 return
-            except OSError as exc:
-                generation.condemn(Kind.REFUSED, f"the device cannot be opened: {exc.strerror or exc}")
+            except (OSError, UdfError) as exc:
+                text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+                generation.condemn(Kind.REFUSED, f"the device cannot be opened: {sentence(text)}")
                 return
         await generation.serve(link, *device, *self._hosts.store)
 
@@ -412,8 +414,8 @@ class Recovery:
     async def _detach(self) -> None:
         """Programs are told first, then the driver; what follows is decided here and nowhere else.
 
-        The instance ends at once: `is_detached` makes endpoint.py end it. A grace time in which the same device may
-        come back and go on with open files would be waited for here, in DETACHED, before that.
+        `is_detached` makes endpoint.py end the instance. Until then it is DETACHED, and REATTACH_GRACE is the time in
+        which the same device may come back, to go on with open files.
         """
         text = "the device was unplugged"
         log.info("%s: %s", self._plan.name, text)
@@ -429,6 +431,7 @@ class Recovery:
             serving.kill()
         if self._tenancy is not None:
             self._tenancy.fence()
+        await self._bell.within(REATTACH_GRACE, lambda: self._is_ending or self._front.is_over)
         self.is_detached = True
         self._bell.ring()
 
@@ -479,8 +482,7 @@ class Recovery:
             )
         self._serving = self._trying = None
         if self._tenancy is not None:
-            self._tenancy.fence()
-            self._tenancy.lease.close()
+            self._tenancy.close()
 
 
 def stop_grace(plan: DriverPlan) -> float:

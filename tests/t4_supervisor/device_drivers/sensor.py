@@ -6,6 +6,8 @@
 # ///
 """A thermometer as a file, and two files that show from outside what the driver does."""
 
+import os
+
 from udf import Attr, UsbDriver
 
 
@@ -18,12 +20,14 @@ class Sensor(UsbDriver):
         print("stopped in order", flush=True)
 
     async def list(self, path):
-        return ["celsius", "slow"]
+        return ["celsius", "die", "slow"]
 
     async def stat(self, path):
         return Attr("dir") if path == "/" else Attr(size=6)
 
     async def read(self, path, offset, size):
+        if path == "/die":
+            os._exit(3)
         if path == "/slow":
             await self.usb.gone.wait()
         raw = await self.usb.control_in(0xC0, 1, length=2)
