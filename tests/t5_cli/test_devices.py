@@ -146,6 +146,25 @@ def test_a_device_is_plugged_in_read_and_pulled_out(lab: Lab) -> None:
     assert not mounts_below(lab.dev)
 
 
+def test_an_image_file_is_plugged_in_as_a_stick(lab: Lab, tmp_path: Path) -> None:
+    image = tmp_path / "stick.img"
+    content = random.Random(1).randbytes(3 * 1024 * 1024)
+    image.write_bytes(content)
+    disk = lab.dev / "disk0/disk"
+    assert lab.daemon.udf.done("plug", image) == f"stick: usb_storage serves it as disk0: {disk}\n"
+    assert disk.read_bytes() == content
+    with disk.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"written" * 1000)
+        file.flush()
+        os.fsync(file.fileno())
+    lab.daemon.udf.done("unplug", "stick")
+    assert image.read_bytes() == content[:4096] + b"written" * 1000 + content[4096 + 7000 :]
+    assert not disk.exists()
+    (tmp_path / "stick").mkdir()
+    assert "stick" in lab.daemon.udf.refused("plug", tmp_path / "stick")
+
+
 def test_why_tells_of_every_driver(lab: Lab) -> None:
     lab.driver()
     lab.driver("other", "vendor = 0x1209")
