@@ -127,7 +127,8 @@ async def test_a_reset_without_unflushed_writes_is_of_no_interest(bus: Emulator)
         await unit.flush()
 
 
-async def test_a_write_is_never_repeated_for_another_medium(bus: Emulator) -> None:
+async def test_a_write_is_never_repeated_for_another_medium(bus: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab.module("usb_storage", "driver"), "GAP", 0.2)
     stick = Stick()
     stick.removable = True
     async with lab.started(lab.UsbStorage, bus.plug(stick)) as driver:
@@ -144,6 +145,8 @@ async def test_a_write_is_never_repeated_for_another_medium(bus: Emulator) -> No
         assert stick.disk[:512] == b"b" * 512
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert changes
+        assert (await driver.units())[""].size == 0  # seen to go, before the next one is seen
+        await trio.sleep(0.25)
         other = (await driver.units())[""]
         assert other is not unit
         assert await other.read(0, 512) == b"b" * 512
