@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import trio
 from lab import Lab, errno_of_read, gone, laboratory, read, serves
 from real import needs_fuse
 
+from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
 from udf.supervisor import restart
 from udf.supervisor.instance import Reason, State
@@ -218,6 +221,38 @@ async def test_a_name_or_place_that_is_taken_is_refused(lab: Lab) -> None:
     assert other.closed
     await lab.registry.end(endpoint, Reason.OPERATOR)
     assert not lab.place("t0").exists()
+
+
+async def test_what_a_device_serves_is_not_unmounted_but_unplugged(lab: Lab) -> None:
+    lease = await lab.plug(Thermometer())
+    endpoint = await lab.start("t0", "sensor", lease)
+    with pytest.raises(UserError, match="unplug it"):
+        await lab.registry.unmount(endpoint, lazy=False)
+    assert await read(lab.place("t0") / "celsius") == b"21.50\n"
+
+
+@pytest.mark.parametrize("driver", ["sensor", "sensor_line", "sensor_blocks"])
+async def test_an_ended_endpoint_leaves_nothing_in_memory(lab: Lab, driver: str) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        freed = trio.Event()
+
+        async def live() -> None:
+            lease = await lab.plug(Thermometer())
+            endpoint = await lab.start("t0", driver, lease)
+            weakref.finalize(endpoint, freed.set)
+            assert endpoint.driver.pid is not None
+            os.kill(endpoint.driver.pid, signal.SIGKILL)
+            await serves(endpoint, 2)
+            await lab.unplug(lease)
+            await gone(endpoint, 1.0)
+
+        await live()
+        with trio.fail_after(5):
+            await freed.wait()
+    finally:
+        gc.enable()
 
 
 async def test_a_place_that_a_killed_supervisor_left_is_used_again(lab: Lab) -> None:

@@ -80,6 +80,7 @@ async def mount(registry: Registry, request: MountRequest, caller: Identity) -> 
 
 
 async def _attach(registry: Registry, source: str, request: AttachRequest, caller: Identity) -> Endpoint:
+    registry.check_limit(caller)
     name = request.driver or IMAGE
     driver = await catalog.find(name, trusted_only=not rights.is_trusted(caller), kinds=("block",))
     base = driver.manifest.names if driver.manifest is not None and driver.manifest.names else BASE

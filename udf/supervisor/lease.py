@@ -79,6 +79,7 @@ class Tenancy:
         self.is_cut = False  # it ended although nobody of ours ended it
         self._bell = bell
         self._connection: socket.socket | None = None
+        self._closed = False
         self._watching: trio.CancelScope | None = None
 
     async def open(self, nursery: trio.Nursery) -> int:
@@ -99,6 +100,9 @@ class Tenancy:
                     raise
             await self._bell.within(wait, lambda: self.lease.gone)
             wait = min(2 * wait, _LONGEST_WAIT)
+        if self._closed:  # meanwhile; nobody else would close this one
+            connection.close()
+            raise DeviceGone("the endpoint has ended")
         self._connection = connection
         self.is_cut = False
         self._watching = trio.CancelScope()
@@ -123,6 +127,12 @@ class Tenancy:
                 self._connection.shutdown(socket.SHUT_RDWR)
             self._connection.close()
             self._connection = None
+
+    def close(self) -> None:
+        """The endpoint has ended."""
+        self._closed = True
+        self.fence()
+        self.lease.close()
 
     def cut(self) -> None:
         """End the connection under a driver that lives: its transfers fail as they do when the device is gone."""

@@ -25,7 +25,7 @@ from contextlib import closing
 import trio
 
 from udf import messages
-from udf.errors import DeviceGone, UserError
+from udf.errors import DeviceGone, UdfError, UserError
 from udf.supervisor import crashes
 from udf.supervisor.bell import Bell
 from udf.supervisor.crashes import CrashLog
@@ -103,8 +103,9 @@ class Recovery:
             except DeviceGone:
                 self._bell.ring()  # it is not the generation's failure, and it is not told to serve
                 return
-            except OSError as exc:
-                generation.condemn(Kind.REFUSED, f"the device cannot be opened: {exc.strerror or exc}")
+            except (OSError, UdfError) as exc:
+                text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+                generation.condemn(Kind.REFUSED, f"the device cannot be opened: {sentence(text)}")
                 return
         await generation.serve(link, *device, *self._hosts.store)
 
@@ -481,8 +482,7 @@ class Recovery:
             )
         self._serving = self._trying = None
         if self._tenancy is not None:
-            self._tenancy.fence()
-            self._tenancy.lease.close()
+            self._tenancy.close()
 
 
 def stop_grace(plan: DriverPlan) -> float:

@@ -112,9 +112,7 @@ class Registry:
         """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind."""
         if self._closing:
             raise UserError("the supervisor is ending: start it again first")
-        own = sum(endpoint.plan.owner.uid == caller.uid for endpoint in self._endpoints.values())
-        if own >= MAX_MOUNTS_OF_OTHERS and not rights.is_trusted(caller):
-            raise UserError(f"you have {own} mounts, which is the most for one user: unmount some")
+        self.check_limit(caller)
         plan = await self.plan(request, caller)
         # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
         plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
@@ -122,6 +120,12 @@ class Registry:
         mount = Mount(plan, self.events, self._reaper)
         await self._start(mount)
         return mount
+
+    def check_limit(self, caller: Identity) -> None:
+        """Refuse more than one user may have who is neither root nor ours."""
+        own = sum(endpoint.plan.owner.uid == caller.uid for endpoint in self._endpoints.values())
+        if own >= MAX_MOUNTS_OF_OTHERS and not rights.is_trusted(caller):
+            raise UserError(f"you have {own} mounts, which is the most for one user: unmount some")
 
     async def _start(self, endpoint: Endpoint) -> None:
         """Start what has its name and its place. Cancelled, or if that fails, it leaves nothing behind."""

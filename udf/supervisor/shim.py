@@ -106,7 +106,17 @@ class Shim(Front):
     def start(self, nursery: trio.Nursery, reaper: trio.Nursery) -> None:
         """Start the process and look after it; it may outlive its endpoint (see Mount)."""
         self.process.start(self._spawn)
-        reaper.start_soon(self.process.run, self._on_message, reaper)
+        reaper.start_soon(self._look_after, reaper)
+
+    async def _look_after(self, reaper: trio.Nursery) -> None:
+        try:
+            await self.process.run(self._on_message, reaper)
+        except Exception:
+            # In the nursery of all, where a mistake with one shim must not be the end of every other.
+            log.exception("%s: looking after its shim failed by our own mistake", self.instance.name)
+            self.process.broken = "the supervisor made a mistake: see its log"
+            self.process.kill()
+            self._bell.ring()
 
     @abstractmethod
     def _spawn(self, control: socket.socket, output: int) -> Child:
