@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import usb.core
 import usb.util
@@ -19,6 +20,7 @@ from udf import BlockUnit, ContractError, DeviceGone, UsbDriver
 
 from .engine import Engine
 from .pipes import OneByOne, Pipes, Queued
+from .probe import Facts
 from .scsi import Data
 from .transport import Transport, TransportFault
 from .unit import LogicalUnit
@@ -27,6 +29,7 @@ log = logging.getLogger("usb_storage")
 
 MASS_STORAGE, BULK_ONLY = 0x08, 0x50
 SUBCLASSES = {0x06: 0, 0x05: 12, 0x02: 12, 0x01: 0, 0x04: 12}  # command set -> to how many bytes commands are filled up
+GAP = 1.0  # seconds for which a slot is shown empty when its medium has become another one
 POLL = 2.0  # seconds between looks at a removable medium that nobody asks for anything
 SUPER_SPEED = 4  # as pyusb counts
 # Bytes in one command, for slower and for SuperSpeed devices: what macOS asks of them, so they know it.
@@ -36,16 +39,14 @@ DEFAULT_TRANSFER = {False: 128 << 10, True: 1 << 20}
 class Unit(BlockUnit):
     """One medium in one LUN; when another one comes it gets an object of its own."""
 
-    def __init__(self, engine: Engine, unit: LogicalUnit) -> None:
-        facts = unit.facts
-        assert facts is not None
+    def __init__(self, engine: Engine, unit: LogicalUnit, facts: Facts) -> None:
         self._engine, self._unit, self._medium = engine, unit, unit.medium
         self.size = facts.size
         self.block_size = facts.block_size
         self.read_only = facts.read_only
         self.can_trim = bool(facts.trim_by) and not facts.read_only
         self.trim_zeroes = facts.trim_zeroes
-        self.shape = (unit.medium, facts)
+        self.shape = (unit.medium, facts)  # by which it is known again
 
     async def read(self, offset: int, size: int) -> Data:
         return await self._engine.run(self._unit.read, self._medium, offset, size)
@@ -69,6 +70,7 @@ class UsbStorage(UsbDriver):
         self._units: dict[int, LogicalUnit] = {}
         self._shown: dict[int, Unit] = {}
         self._unseen: set[LogicalUnit] = set()  # to be looked at before the units are told again
+        self._gaps: set[LogicalUnit] = set()  # shown empty although they are not any more
         self._polled = 0.0
 
     async def start(self) -> None:
@@ -88,10 +90,10 @@ class UsbStorage(UsbDriver):
         self._engine.close()
 
     async def units(self) -> Mapping[str, BlockUnit]:
-        if self._unseen:
+        if self._unseen or self._gaps:
             await self._engine.run(self._look)
         first = min(self._units, default=0)
-        return {"" if lun == first else f"lun{lun}": unit for lun, unit in self._shown.items()}
+        return {"" if lun == first else f"lun{lun}": unit for lun, unit in dict(self._shown).items()}
 
     # ---- in the engine's thread
 
@@ -112,11 +114,16 @@ class UsbStorage(UsbDriver):
 
     def _show(self) -> None:
         for lun, unit in self._units.items():
-            shown = self._shown.get(lun)
-            if unit.facts is None:
+            shown, facts = self._shown.get(lun), unit.facts
+            if facts is None:
                 self._shown.pop(lun, None)
-            elif shown is None or shown.shape != (unit.medium, unit.facts):
-                self._shown[lun] = Unit(self._engine, unit)
+                continue
+            if facts.size and _gap_of(unit) > 0:
+                # Whoever keeps something for the old medium must see that it went, though the new one be as large.
+                self._gaps.add(unit)
+                facts = replace(facts, size=0)
+            if shown is None or shown.shape != (unit.medium, facts):
+                self._shown[lun] = Unit(self._engine, unit, facts)
 
     def _notice(self, unit: LogicalUnit) -> None:
         if unit not in self._unseen:
@@ -125,6 +132,14 @@ class UsbStorage(UsbDriver):
 
     def _idle(self) -> float | None:
         """Look, now and then, for media that come, go or become ready."""
+        for unit in [each for each in self._gaps if _gap_of(each) <= 0]:
+            self._gaps.discard(unit)
+            self._show()
+            self._engine.tell(self.units_changed)
+        pauses = [self._poll(), *(max(0.01, _gap_of(unit)) for unit in self._gaps)]
+        return min((pause for pause in pauses if pause is not None), default=None)
+
+    def _poll(self) -> float | None:
         waiting = [
             unit for unit in self._units.values() if unit.facts and (unit.facts.removable or not unit.facts.size)
         ]
@@ -188,3 +203,8 @@ class UsbStorage(UsbDriver):
             fill = SUBCLASSES[interface.bInterfaceSubClass]
             return number, found[usb.util.ENDPOINT_IN], found[usb.util.ENDPOINT_OUT], fill
         raise ContractError("the device has no mass storage interface with Bulk-Only Transport")
+
+
+def _gap_of(unit: LogicalUnit) -> float:
+    """Seconds for which it is to be shown empty."""
+    return unit.left_at + GAP - time.monotonic()

@@ -70,6 +70,7 @@ class LogicalUnit:
         self.lun = lun
         self.facts: Facts | None = None
         self.medium = 0  # the number of the medium: a request for another one is refused
+        self.left_at = 0.0  # when a medium was last found to be gone, or to be another one
         self.is_lost = False
         self._transport = transport
         self._max_transfer = max_transfer
@@ -89,19 +90,20 @@ class LogicalUnit:
         self._start_clock()
         before, number = self.facts, self.medium
         self._is_looking = True
+        facts: Facts | None
         try:
-            self.facts = facts_of(self)
+            facts = facts_of(self)
         except NotUsable as exc:
             log.warning("LUN %d cannot be used: %s", self.lun, exc)
-            self.facts = exc.facts
+            facts = exc.facts
         except OSError as exc:
             log.warning("LUN %d cannot be used: %s", self.lun, exc.strerror)
-            self.facts = before and Facts(before.name, before.removable)
+            facts = before and Facts(before.name, before.removable)
         finally:
             self._is_looking = False
-        facts = self.facts
         if before and self.medium == number and (facts is None or facts.shape != before.shape):
             self._forget_medium()
+        self.facts = facts
         if facts and facts.max_transfer:
             self._transfer = min(self._transfer, max(facts.max_transfer, facts.block_size))
         return facts
@@ -348,6 +350,8 @@ class LogicalUnit:
         return action is Action.EMPTY
 
     def _forget_medium(self) -> None:
+        if self.facts and self.facts.size:
+            self.left_at = time.monotonic()
         self.medium += 1
         self._is_dirty = self.is_lost = False
         self._must_sync = True

@@ -102,6 +102,23 @@ def test_each_interface_of_a_composite_device_gets_its_own_driver() -> None:
     assert verdict.text == "triple, acm"
 
 
+def test_interfaces_that_belong_together_have_one_driver() -> None:
+    pair = frozenset({1, 2})
+    port = (InterfaceFacts(1, ((2, 2, 1),), pair), InterfaceFacts(2, ((0x0A, 0, 0),), pair))
+    data = driver("data", {"class": 0x0A})
+    verdict = judge(device(interfaces=(STORAGE, *port)), TRIPLE, ACM_DRIVER, data)
+    assert bound(verdict) == [("triple", 0), ("acm", 1)]
+    loser = next(each for each in verdict.candidates if each.driver == "data")
+    assert (
+        loser.reason == "matches interface 2 (interface class 0a/*/*), which belongs to interface 1, and acm has that"
+    )
+    both = driver("both", {"class": 2}, {"class": 0x0A})
+    assert bound(judge(device(interfaces=port), both)) == [("both", 1)]
+    assert bound(judge(device(interfaces=port), driver("exact", {"vendor": 0x1209, "interface": 2}), both)) == [
+        ("exact", 2)
+    ]
+
+
 def test_a_class_in_any_alternate_setting_counts() -> None:
     found = device(interfaces=(InterfaceFacts(3, ((0xFF, 0, 0), (8, 6, 0x50))),))
     assert bound(judge(found, TRIPLE)) == [("triple", 3)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from udf.errors import UserError
 from udf.manifest import Match
 from udf.usb.rules import MAX_RULES, NO_RULES, SYSTEM_RULES, Rules, check_rules, read_rules, rules_files
@@ -61,6 +64,12 @@ def test_a_rules_file_is_read(tmp_path: Path) -> None:
     assert rules.prefer[0].where == f"rule prefer[0] of {path}"
     both = rules.followed_by(rules)
     assert (len(both.allow), len(both.deny), len(both.prefer)) == (2, 2, 2)
+
+
+def test_the_rules_of_the_readme_are_rules() -> None:
+    (text,) = re.findall(r"```toml\n(# /etc/udf/rules.toml.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    rules = check_rules(tomllib.loads(text), "README.md")
+    assert (len(rules.allow), len(rules.deny), len(rules.prefer)) == (1, 2, 1)
 
 
 def test_no_file_means_no_rules_unless_it_was_asked_for(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def bus() -> Iterator[Emulator]:
 def _short_patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short where a fault is only noticed by its time-out; else a busy machine must not be taken for one."""
     fault = getattr(getattr(request.node, "callspec", None), "params", {}).get("fault", "")
-    seconds = 0.2 if fault.startswith(("drop", "short")) else 2.0
+    seconds = 0.2 if fault.startswith(("drop", "short", "stall late")) else 2.0
     for name, value in (("QUICK", seconds), ("SLOW", seconds), ("OPTIONAL", seconds), ("PATIENCE", 0.5)):
         monkeypatch.setattr(unit_module, name, value)
     monkeypatch.setattr(pipes_module, "CONTROL_TIMEOUT", seconds)

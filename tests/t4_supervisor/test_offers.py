@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udf.supervisor import catalog, offers
 from udf.supervisor.filewatch import FileWatch
 from udf.supervisor.naming import MAX_REMEMBERED, Identity, Numbers, by_id, safe
 from udf.supervisor.offers import Offers
@@ -114,6 +116,24 @@ async def test_the_last_good_rules_stay(home: Path, caplog: pytest.LogCaptureFix
         assert (watched.offers.now.rules, watched.offers.now.problems) == (NO_RULES, ())
         nursery.cancel_scope.cancel()
     assert sum("the last good rules of it stay" in record.message for record in caplog.records) == 2
+
+
+async def test_a_search_path_that_hangs_keeps_neither_the_loop_nor_the_start(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(offers, "search_path", lambda _: released.wait() or [])
+    monkeypatch.setattr(catalog, "LOOKUP_TIMEOUT", 0.1)
+    try:
+        async with trio.open_nursery() as nursery:
+            watched = Watched(None)
+            with trio.fail_after(5):
+                await nursery.start(watched.offers.run)
+            assert watched.offers.now == offers.Offer()
+            nursery.cancel_scope.cancel()
+    finally:
+        released.set()
+    assert "the search path could not be read within 0.1 s" in caplog.text
 
 
 async def test_a_watch_says_nothing_of_what_it_was_not_asked_about(tmp_path: Path) -> None:

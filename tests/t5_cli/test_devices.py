@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT, make_runtime_dir, mounts_below
 from udf.supervisor.client import Connection
-from udf.testing.devices import BulkIn, Configuration, Device, Emulator, Interface
+from udf.testing.devices import Association, BulkIn, Configuration, Device, Emulator, Interface
 from udf.testing.devices.loopback import Loopback
 from udf.testing.devices.thermometer import Thermometer
 
@@ -144,6 +144,25 @@ def test_a_device_is_plugged_in_read_and_pulled_out(lab: Lab) -> None:
     assert not place.exists()
     assert not list((lab.dev / "by-id").iterdir())
     assert not mounts_below(lab.dev)
+
+
+def test_an_image_file_is_plugged_in_as_a_stick(lab: Lab, tmp_path: Path) -> None:
+    image = tmp_path / "stick.img"
+    content = random.Random(1).randbytes(3 * 1024 * 1024)
+    image.write_bytes(content)
+    disk = lab.dev / "disk0/disk"
+    assert lab.daemon.udf.done("plug", image) == f"stick: usb_storage serves it as disk0: {disk}\n"
+    assert disk.read_bytes() == content
+    with disk.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"written" * 1000)
+        file.flush()
+        os.fsync(file.fileno())
+    lab.daemon.udf.done("unplug", "stick")
+    assert image.read_bytes() == content[:4096] + b"written" * 1000 + content[4096 + 7000 :]
+    assert not disk.exists()
+    (tmp_path / "stick").mkdir()
+    assert "stick" in lab.daemon.udf.refused("plug", tmp_path / "stick")
 
 
 def test_why_tells_of_every_driver(lab: Lab) -> None:
@@ -394,7 +413,7 @@ class Pair(Device):
         Configuration(
             [
                 Interface(0xFF, 1, 0, endpoints=[BulkIn(1)]),
-                Interface(0xFF, 2, 0, endpoints=[BulkIn(2)]),
+                Interface(0xFF, 2, 0, endpoints=[BulkIn(2)], association=Association(2, 0xFF)),
                 Interface(0xFF, 9, 0, endpoints=[BulkIn(3)]),
             ]
         )

@@ -208,13 +208,15 @@ def _describe(found: Manifest) -> dict[str, Any]:
     }
 
 
-async def in_thread(work: Callable[[], T], what: str) -> T:
-    """Do some reading in a worker thread; UserError if it takes too long."""
-    try:
-        limiter = _threads.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(_THREADS)
-        _threads.set(limiter)
+async def in_thread(work: Callable[[], T], what: str, limiter: trio.CapacityLimiter | None = None) -> T:
+    """Do some reading in a worker thread; UserError if it takes too long. A thread that hangs is one less of `limiter`,
+    which is ours for look-ups by default."""
+    if limiter is None:
+        try:
+            limiter = _threads.get()
+        except LookupError:
+            limiter = trio.CapacityLimiter(_THREADS)
+            _threads.set(limiter)
     with trio.move_on_after(LOOKUP_TIMEOUT):
         return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=limiter)
     raise UserError(f"{what} could not be read within {LOOKUP_TIMEOUT:g} s: something that it lies on hangs")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import Registry
 from udf.supervisor.starter import RegistryStarter
 from udf.supervisor.tenants import Known, Present, Tenant
-from udf.usb import descriptors
 from udf.usb.bus import Bus, BusDevice
 from udf.usb.matching import DeviceFacts, InterfaceFacts, Verdict
 from udf.usb.operations import Address
@@ -37,6 +36,7 @@ from udf.usb.remote import UsbipBus
 
 ARRIVAL_WAIT = 10.0  # from the emulator's word that it is plugged in until the bus has it
 BINDING_WAIT = 30.0  # from there until a driver serves it, or does not
+MAX_SEARCHED = 8192  # bytes of a configuration; the largest cameras have half of that
 EMULATED = "emulated"
 _WITHIN = {"files": "", "block": "/disk", "terminal": "/tty"}  # what a program opens, below the instance's directory
 
@@ -210,15 +210,7 @@ class Devices:
                 broken = [t.endpoint for t in tenants if t.endpoint and t.endpoint.instance.state is State.FAILED]
                 if broken:
                     return "failed", broken[0].instance.text
-                served = {tenant.binding.interface for tenant in tenants}
-                late = [each.driver.name for each in verdict.bindings if each.interface not in served]
-                waits = (
-                    f"; {', '.join(late)} can have its interface at the next plug"
-                    if late and None not in served
-                    else ""
-                )
-                names = ", ".join(tenant.binding.driver.name for tenant in tenants)
-                return "bound", f"{names}{waits}"
+                return "bound", "; ".join([_names(tenants), *self._not_served(known, verdict, tenants)])
             return "starting", f"{tenants[0].binding.driver.name} starts"
         for driver, _, text, again in self.binder.failures_of(known.facts.key):
             after = (
@@ -226,6 +218,14 @@ class Devices:
             )
             return "failed", f"{text}{after}"
         return verdict.word, verdict.text
+
+    def _not_served(self, known: Known, verdict: Verdict, tenants: list[Tenant]) -> Iterator[str]:
+        """The interfaces of a device that is bound otherwise, whose drivers are not there."""
+        failures = {interface: text for _, interface, text, _ in self.binder.failures_of(known.facts.key)}
+        served = {tenant.binding.interface for tenant in tenants}
+        for each in verdict.bindings if None not in served else ():
+            if each.interface not in served:
+                yield f"{each.driver.name}: {failures.get(each.interface, 'it gets its interface at the next plug')}"
 
     # ---- what the operator asks
 
@@ -304,13 +304,14 @@ class NoDeviceError(UserError):
 
 def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:
     """What matching needs of a device; of nonsense in its descriptors as much as can be read."""
-    parsed = [descriptors.parse_configuration(each, lenient=True) for each in device.configurations]
-    active = [each for each in parsed if each.value == device.configuration] or parsed
-    interfaces = [
-        InterfaceFacts(alternates[0].number, tuple(each.triple for each in alternates))
-        for alternates in (active[0].interfaces if active else ())
-        if alternates
-    ]
+    active = device.active()
+    interfaces = []
+    for alternates in active.interfaces if active is not None else ():
+        if active is not None and alternates:
+            number = alternates[0].number
+            # To look for it in all that a hostile device can say, for each interface, would keep the loop.
+            function = active.function(number) if active.total_length <= MAX_SEARCHED else frozenset()
+            interfaces.append(InterfaceFacts(number, tuple(each.triple for each in alternates), function))
     return DeviceFacts(
         key=key,
         vendor=device.vendor,
@@ -324,6 +325,10 @@ def facts_of(key: str, bus: str, device: BusDevice) -> DeviceFacts:
         bus=bus,
         is_readable=bool(device.device_descriptor),
     )
+
+
+def _names(tenants: list[Tenant]) -> str:
+    return ", ".join(tenant.binding.driver.name for tenant in tenants)
 
 
 def _triples(facts: DeviceFacts) -> list[tuple[int, int, int]]:

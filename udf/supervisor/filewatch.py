@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class FileWatch:
         # Without inotify (its instances are few per user) there is only the slow look.
         self._fd: int = _libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
         self._watches: dict[str, int] = {}
+        self._changing = threading.Lock()
         self._awaited: dict[int, str] = {}  # of a parent's watch: the only name in it that matters
 
     def __enter__(self) -> FileWatch:
@@ -50,7 +52,14 @@ class FileWatch:
             self._fd = -1
 
     def watch(self, directories: Iterable[Path]) -> None:
-        """Watch these, and nothing else from now on. One that is not there is watched for by its nearest parent."""
+        """Watch these, and nothing else from now on. One that is not there is watched for by its nearest parent.
+
+        It touches the paths, so it belongs into a worker thread; one call at a time.
+        """
+        with self._changing:
+            self._watch(directories)
+
+    def _watch(self, directories: Iterable[Path]) -> None:
         wanted = dict(_nearest(each) for each in list(directories)[:MAX_WATCHES])
         if self._fd < 0:
             return

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
@@ -28,6 +29,7 @@ MAX_PACKAGES = 200
 MAX_REWATCH = 3
 
 log = logging.getLogger("udf.offers")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,20 @@ class Offers:
         self._rules = rules
         self._changed = changed
         self._good: dict[Path, Rules] = {}
+        self._said = ""  # the last complaint: each is told once, until something goes right
+        self._threads = trio.CapacityLimiter(2)  # what hangs here shall not use up the threads of who mounts
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Read, say `started`, and read again after every change."""
         with FileWatch() as watch:
             while True:
                 for _ in range(MAX_REWATCH):
-                    directories = self._directories()
-                    watch.watch(directories)  # before it is read: what changes meanwhile is read again
+                    # Watched before it is read: what changes meanwhile is read again.
+                    directories = await self._watch(watch)
+                    if directories is None:
+                        break  # it hangs: whatever is read would hang too
                     await self._read()
-                    if directories == self._directories():
+                    if directories == await self._look(self._directories, "the search path"):
                         break  # else what was read asks for more to be watched: the directories of a missing program
                 task_status.started()
                 task_status = trio.TASK_STATUS_IGNORED
@@ -65,14 +71,31 @@ class Offers:
                     await watch.changed()
                     await trio.sleep(SETTLE)
 
-    async def _read(self) -> None:
+    async def _look(self, work: Callable[[], T], what: str) -> T | None:
+        """Something that touches paths, which may lie on something that hangs."""
         try:
-            found, _ = await catalog.in_thread(lambda: list_drivers(Trust.own()), "the search path")
-            drivers = tuple(each for each in found if each.kind == "usb")
-            missing = await catalog.in_thread(lambda: _missing(drivers), "PATH")
+            result = await catalog.in_thread(work, what, self._threads)
         except (UserError, OSError) as exc:
-            log.warning("%s; the drivers that were known stay", exc)
+            if str(exc) != self._said:
+                log.warning("%s; what was known stays", exc)
+            self._said = str(exc)
+            return None
+        self._said = ""
+        return result
+
+    async def _watch(self, watch: FileWatch) -> list[Path] | None:
+        def look() -> list[Path]:
+            directories = self._directories()
+            watch.watch(directories)
+            return directories
+
+        return await self._look(look, "the search path")
+
+    async def _read(self) -> None:
+        found = await self._look(self._drivers, "the search path")
+        if found is None:
             return
+        drivers, missing = found
         rules, problems = await self._read_rules()
         for problem in problems:
             if problem not in self.now.problems:
@@ -82,12 +105,17 @@ class Offers:
             self.now = offer
             self._changed()
 
+    def _drivers(self) -> tuple[tuple[Manifest, ...], Mapping[str, str]]:
+        found, _ = list_drivers(Trust.own())
+        drivers = tuple(each for each in found if each.kind == "usb")
+        return drivers, _missing(drivers)
+
     async def _read_rules(self) -> tuple[Rules, tuple[str, ...]]:
         rules, problems = NO_RULES, []
         for path in rules_files(self._rules):
             try:
                 reading = functools.partial(read_rules, path, must_exist=self._rules is not None)
-                self._good[path] = await catalog.in_thread(reading, f"the rules file {path}")
+                self._good[path] = await catalog.in_thread(reading, f"the rules file {path}", self._threads)
             except (UserError, OSError) as exc:
                 problems.append(str(exc))
             rules = rules.followed_by(self._good.get(path, NO_RULES))

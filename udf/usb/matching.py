@@ -30,10 +30,14 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class InterfaceFacts:
-    """An interface by its number and the class triples of its alternate settings, the first one first."""
+    """An interface by its number and the class triples of its alternate settings, the first one first.
+
+    `function`: the numbers of those that belong together with it by the device's own word, as a serial port's two.
+    """
 
     number: int
     triples: tuple[Triple, ...]
+    function: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,15 @@ class DeviceFacts:
     def bounded(self) -> tuple[InterfaceFacts, ...]:
         """Its interfaces, each number once."""
         found: dict[int, list[Triple]] = {}
+        functions: dict[int, frozenset[int]] = {}
         for each in self.interfaces:
             if each.number in found or len(found) < MAX_INTERFACES:
                 triples = found.setdefault(each.number, [])
                 triples += each.triples[: MAX_ALTERNATES - len(triples)]
-        return tuple(InterfaceFacts(number, tuple(triples)) for number, triples in sorted(found.items()))
+                functions.setdefault(each.number, each.function | {each.number})
+        return tuple(
+            InterfaceFacts(number, tuple(triples), functions[number]) for number, triples in sorted(found.items())
+        )
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ def _judge(
         if found:
             barred = barred or f"the driver {driver.name} {why_not}"
     winners, ties = _choose(claims)
+    winners = _one_for_each_function(device, winners)
     bindings, waits = [], []
     for winner in winners:
         lack = missing.get(winner.driver.name)
@@ -277,6 +286,21 @@ def _choose(claims: list[_Claim]) -> tuple[list[_Claim], list[str]]:
         else:
             winners += best
     return sorted(winners, key=lambda claim: claim.interface or 0), ties
+
+
+def _one_for_each_function(device: DeviceFacts, winners: list[_Claim]) -> list[_Claim]:
+    """Interfaces that belong together have one driver: that with the best match, of equal ones that of the first."""
+    functions = {each.number: each.function for each in device.bounded()}
+    kept: list[_Claim] = []
+    for claim in sorted(winners, key=lambda each: (-each.score, each.interface or 0)):
+        function = functions.get(-1 if claim.interface is None else claim.interface, frozenset())
+        holder = next((each for each in kept if each.interface in function), None)
+        if holder is None:
+            kept.append(claim)
+        else:
+            whose = f"belongs to {holder.where}, and {holder.driver.name} has that"
+            claim.verdict = f"matches {claim.where} ({claim.why}), which {whose}"
+    return sorted(kept, key=lambda each: each.interface or 0)
 
 
 def _tie(equal: list[_Claim], where: str) -> str:

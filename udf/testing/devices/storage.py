@@ -253,6 +253,7 @@ class Storage(Device):
             self._finish(PHASE_ERROR)  # cases 2 and 3
         elif to_host:
             self._phase = Phase.DATA_IN  # cases 5, 6, 7
+            self.ready(_IN)  # the host may ask before it has sent the command
         elif from_host:
             self._phase = Phase.DATA_OUT  # cases 11, 12, 13
         else:
