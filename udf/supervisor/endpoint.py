@@ -18,6 +18,7 @@ import trio
 
 from udf import messages
 from udf.errors import UserError
+from udf.supervisor import spawn
 from udf.supervisor.bell import Bell
 from udf.supervisor.child import REAP_TIMEOUT
 from udf.supervisor.generation import Generation
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from udf.supervisor.front import Front
     from udf.supervisor.trace import TraceFeed
 
+HOLD = 0.15  # seconds that a start which has to wait for its source waits for a fork: by exec it takes longer
 MAX_FAULTS = 200  # told of one by one; a driver that finds more ways to misbehave is counted only
 
 log = logging.getLogger("udf.mounts")
@@ -131,6 +133,8 @@ class Endpoint(ABC):
         front.start(nursery, self._reaper)
         our_end, driver_end = front.link()
         with closing(our_end), closing(driver_end):
+            if not self._is_let:
+                await spawn.wait_for_host(HOLD)
             first = recovery.start_first(nursery, self._reaper)
             if not self._is_let:
                 await self._bell.until(lambda: self._is_let or recovery.is_unplugged)

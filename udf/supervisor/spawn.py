@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import trio
+
 from udf.errors import UserError
 from udf.supervisor import zygote
 from udf.supervisor.child import Child, Host
@@ -111,6 +113,14 @@ def start_host(name: str, control: socket.socket, output: int, environment: Mapp
     except BaseException:
         ours.close()
         raise
+
+
+async def wait_for_host(seconds: float) -> None:
+    """Until a fork stands by that `start_host` will take, so long at most."""
+    ahead = zygote.current.get()
+    if ahead is not None:
+        with trio.move_on_after(seconds):
+            await ahead.wait()
 
 
 def new_zygote() -> zygote.Zygote:

@@ -79,6 +79,7 @@ class Zygote:
         self._forks: list[_Fork] = []  # that stand by
         self._nursery: trio.Nursery | None = None
         self._taken = trio.Event()
+        self._stands = trio.Event()  # for who waits for the next one that stands by
         self._useless: trio.Event = trio.Event()
         self._reaper: trio.Nursery | None = None
         self.pid: int | None = None
@@ -88,6 +89,11 @@ class Zygote:
     def standing(self) -> list[int]:
         """The pids of what stands by."""
         return [fork.pid for fork in self._forks]
+
+    async def wait(self) -> None:
+        """Until one stands by, for who is not in such a hurry that a start by exec would be quicker."""
+        while not self._forks:
+            await self._stands.wait()
 
     async def run(self, reaper: trio.Nursery) -> None:
         """Have a zygote and forks that stand by, until it is cancelled. `reaper` outlives it and reaps the zygotes."""
@@ -189,6 +195,8 @@ class Zygote:
                     return
                 pidfd = os.pidfd_open(fork.pid)
                 self._forks.append(fork)
+                self._stands.set()
+                self._stands = trio.Event()
                 await trio.lowlevel.wait_readable(pidfd)
         finally:
             if fork in self._pending:
