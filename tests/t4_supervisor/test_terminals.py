@@ -94,14 +94,17 @@ async def test_a_terminal_stays_open_over_the_death_of_its_driver(lab: Lab, how:
     await lab.registry.end(endpoint, Reason.OPERATOR)
 
 
-async def test_unplug_is_a_hang_up(lab: Lab) -> None:
+@pytest.mark.parametrize("told", [True, False])
+async def test_unplug_is_a_hang_up_and_no_fault_of_the_drivers(lab: Lab, told: bool) -> None:
     lease = await lab.plug(Thermometer())
     endpoint = await lab.start("serial0", "sensor_line", lease)
     line = Line(lab.place("serial0") / "tty")
-    await lab.unplug(lease)
+    await lab.unplug(lease, told=told)
     assert await line.hear(1.0) == b""
     assert line.is_hung_up
     await gone(endpoint, 1.0)
+    assert endpoint.instance.reason is Reason.UNPLUGGED
+    assert lab.told("death") == []
     line.close()
 
 

@@ -100,6 +100,9 @@ async def serve(face: Callable[[], Awaitable[None]]) -> int:
     """Serve until that ends; the exit status. What an author's code raises ends the driver, and is printed."""
     try:
         await face()
+    except DeviceGone as exc:
+        print(f"the device is gone: {exc}")
+        return 1
     except Exception:
         traceback.print_exc()
         return 1

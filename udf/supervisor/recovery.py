@@ -207,8 +207,11 @@ class Recovery:
         """
         serving = self._serving
         assert serving is not None
-        if self._tenancy is not None and self._tenancy.is_cut and not serving.is_lost:
-            if await self._bell.within(CUT_GRACE, lambda: self._over() or serving.is_lost) and self._over():
+        if self._tenancy is not None and self._tenancy.is_cut:
+            # A driver that ends itself because its device is gone may be quicker than the bus, and has not failed.
+            if not await self._bell.within(CUT_GRACE, self._over):
+                await self._tenancy.ask()
+            if self._over():
                 return
             serving.condemn(Kind.EXTERNAL, "the connection to the device ended")
         if serving.is_ended:

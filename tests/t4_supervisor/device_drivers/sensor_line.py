@@ -17,6 +17,15 @@ from udf import UsbDriver
 
 class SensorLine(UsbDriver):
     async def serve(self, terminal):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.end_with_device)
+            await self.answer(terminal)
+
+    async def end_with_device(self):
+        await self.usb.gone.wait()
+        os._exit(1)
+
+    async def answer(self, terminal):
         os.set_blocking(terminal, False)
         while True:
             await trio.lowlevel.wait_readable(terminal)
