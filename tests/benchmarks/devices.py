@@ -7,9 +7,11 @@ bulk transfers; UDF's driver has a stick on it, which nbdcopy reads and writes. 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,55 @@ import trio
 
 MIB = 1 << 20
 _TRANSFER = 128 * 1024  # bytes
-_SOURCE, _SINK = 0x84, 0x04
+_SOURCE, _SINK = 0x84, 0x04  # of the loop-back model
+_BULK_IN, _BULK_OUT = 0x81, 0x02  # of the stick
 
 
-def bare(path: str, name: str, megabytes: int) -> None:
-    """Bulk transfers one after the other, in and out; prints the seconds that each direction took."""
+def bare(path: str, source: str, stick: str, megabytes: int) -> None:
+    """Plain pyusb, one transfer after the other: what a source and a sink carry, and a stick by SCSI commands.
+
+    Prints the seconds of reading and writing for each of the two.
+    """
+    import struct
+
+    device, connection = _device(path, source)
+    count = megabytes * MIB // _TRANSFER
+    data = bytes(_TRANSFER)
+    took = []
+    with contextlib.closing(connection):
+        began = time.perf_counter()
+        for _ in range(count):
+            _whole(device.read(_SOURCE, _TRANSFER, 5000), _TRANSFER)
+        took.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for _ in range(count):
+            device.write(_SINK, data, 5000)
+        took.append(time.perf_counter() - began)
+    device, connection = _device(path, stick)
+    blocks = _TRANSFER // 512
+    with contextlib.closing(connection):
+        for opcode, flags in ((0x28, 0x80), (0x2A, 0)):
+            began = time.perf_counter()
+            for number in range(count):
+                command = struct.pack(">BBIBHB", opcode, 0, number * blocks, 0, blocks, 0).ljust(16, b"\0")
+                device.write(_BULK_OUT, struct.pack("<4sIIBBB", b"USBC", number, _TRANSFER, flags, 0, 10) + command)
+                if flags:
+                    _whole(device.read(_BULK_IN, _TRANSFER, 5000), _TRANSFER)
+                else:
+                    device.write(_BULK_OUT, data, 5000)
+                status = device.read(_BULK_IN, 13, 5000)
+                if len(status) != 13 or status[12]:
+                    raise OSError("the stick refuses a command")
+            took.append(time.perf_counter() - began)
+    print(*took)
+
+
+def _whole(data: Sequence[int], size: int) -> None:
+    if len(data) != size:
+        raise OSError("a short transfer")
+
+
+def _device(path: str, name: str) -> tuple[Any, Any]:
     import usb.core
 
     from udf.usb import backend
@@ -33,7 +79,7 @@ def bare(path: str, name: str, megabytes: int) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(bus.run, lambda: None)
             device = next(each for each in bus.devices().values() if each.name == name)
-            sock = await bus.open(device.key)
+            sock = (await bus.open(device.key)).dup()  # the bus ends its connections with itself
             nursery.cancel_scope.cancel()
         return sock, device.spec()
 
@@ -42,21 +88,11 @@ def bare(path: str, name: str, megabytes: int) -> None:
     backend.install(connection, spec)
     device = usb.core.find()
     device.set_configuration()
-    count = megabytes * MIB // _TRANSFER
-    began = time.perf_counter()
-    for _ in range(count):
-        if len(device.read(_SOURCE, _TRANSFER, 5000)) != _TRANSFER:
-            raise usb.core.USBError("a short transfer")
-    middle = time.perf_counter()
-    data = bytes(_TRANSFER)
-    for _ in range(count):
-        device.write(_SINK, data, 5000)
-    print(middle - began, time.perf_counter() - middle)
-    connection.close()
+    return device, connection
 
 
 if __name__ == "__main__":
-    bare(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    bare(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
     sys.exit(0)
 
 from tests.benchmarks import machine  # noqa: E402 - the loop needs none of it
@@ -73,6 +109,7 @@ from tests.benchmarks.report import (  # noqa: E402
 from udf.supervisor.client import Connection  # noqa: E402
 
 _DIRECTIONS = ("read", "write")
+_SIDES = ("bulk", "BOT", "UDF")
 _STAGES = ("known → NBD served", "→ its files are there", "→ first block read from the file")
 
 
@@ -87,44 +124,64 @@ def run(the_lab: Lab) -> Result:
 
 def _speed(the_lab: Lab, connection: Connection, result: Result) -> None:
     megabytes, rounds = (32, 3) if the_lab.quick else (256, 7)
-    image = the_lab.folder("devices") / "stick.img"
-    with image.open("wb") as file:
-        file.truncate(megabytes * MIB)
-        for _ in range(megabytes):
-            file.write(the_lab.random.randbytes(MIB))
-    row = connection.call("Plug", model="storage", name="bench", options={"file": str(image), "serial": "B1"})["device"]
-    connection.call("Plug", model="loopback", name="bare")
-    socket = the_lab.root / "block" / f"{row['instances'][0]['name']}.sock"
-    uri = f"nbd+unix:///disk?socket={socket}"
-    seconds: dict[str, dict[str, list[float]]] = {side: {d: [] for d in _DIRECTIONS} for side in ("bare", "UDF")}
+    folder = the_lab.folder("devices")
+    image, other, copy = folder / "stick.img", folder / "other.img", folder / "copy"
+    for path in (image, other, copy):
+        with path.open("wb") as file:
+            for _ in range(megabytes):
+                file.write(the_lab.random.randbytes(MIB))
+    identity = {"serial": "B1", "speed": "super"}
+    row = connection.call("Plug", model="storage", name="bench", options={"file": str(image), **identity})["device"]
+    uri = f"nbd+unix:///disk?socket={the_lab.root / 'block' / row['instances'][0]['name']}.sock"
+    seconds: dict[str, dict[str, list[float]]] = {side: {d: [] for d in _DIRECTIONS} for side in _SIDES}
     watch = machine.Watch({})
     try:
-        for _ in range(rounds):
-            loop = [sys.executable, __file__, str(the_lab.root / "usbip.sock"), "bare", str(megabytes)]
-            for direction, took in zip(_DIRECTIONS, _output(loop).split(), strict=True):
-                seconds["bare"][direction].append(float(took))
-            for direction, command in (("read", [uri, "null:"]), ("write", [str(image.with_name("copy")), uri])):
-                if direction == "write" and not image.with_name("copy").exists():
-                    _output(["nbdcopy", uri, str(image.with_name("copy"))])
-                began = time.perf_counter()
-                _output(["nbdcopy", "--flush", *command])
-                seconds["UDF"][direction].append(time.perf_counter() - began)
+        with _emulator(folder / "bus", ["loopback", f"storage,file={other},speed=super"]) as bus:
+            for _ in range(rounds):
+                loop = [sys.executable, __file__, str(bus), "loopback0", "storage0", str(megabytes)]
+                figures = iter(_output(loop).split())
+                for side in _SIDES[:2]:
+                    for direction in _DIRECTIONS:
+                        seconds[side][direction].append(float(next(figures)))
+                for direction, ends in (("read", [uri, "null:"]), ("write", [str(copy), uri])):
+                    began = time.perf_counter()
+                    _output(["nbdcopy", "--flush", *ends])
+                    seconds["UDF"][direction].append(time.perf_counter() - began)
     finally:
-        for name in ("bench", "bare"):
-            connection.call("Unplug", name=name)
+        connection.call("Unplug", name="bench")
+    size = _TRANSFER // 1024
     result.notes += [
-        f"{rounds} rounds of {megabytes} MiB each way; bare: pyusb bulk transfers of {_TRANSFER // 1024} KiB, one by",
-        "one, with a source and a sink; UDF: nbdcopy from and to a stick; both on the same emulator, by USB/IP",
+        f"{rounds} rounds of {megabytes} MiB each way, all by USB/IP from an emulator in a process of its own;",
+        f"bulk: plain pyusb, bulk transfers of {size} KiB from a source of zeros and to a sink, one after the other;",
+        f"BOT: plain pyusb, SCSI commands of {size} KiB on a stick, one after the other; UDF: nbdcopy on such a stick",
         f"CPUs used by others meanwhile: {watch.stop().others:.2f}",
     ]
-    table = Table("sequential, MiB/s (medians; ratios: medians of the rounds' ratios)", ["", "bare", "UDF", "x bare"])
+    table = Table(
+        "sequential, MiB/s (medians; ratios: medians of the rounds' ratios)", ["", *_SIDES, "x bulk", "x BOT"]
+    )
     for direction in _DIRECTIONS:
-        ratio = ratio_of_rounds(seconds["bare"][direction], seconds["UDF"][direction])
-        speeds = [megabytes / median(seconds[side][direction]) for side in ("bare", "UDF")]
-        table.rows.append([direction, *(f"{speed:.0f}" for speed in speeds), f"{ratio:.2f}"])
-        result.targets.append(at_least(f"sequential {direction} of a stick, against bare bulk transfers", ratio, 0.7))
+        speeds = [megabytes / median(seconds[side][direction]) for side in _SIDES]
+        ratios = [ratio_of_rounds(seconds[side][direction], seconds["UDF"][direction]) for side in _SIDES[:2]]
+        table.rows.append([direction, *(f"{speed:.0f}" for speed in speeds), *(f"{ratio:.2f}" for ratio in ratios)])
+        for side, ratio in zip(_SIDES, ratios, strict=False):
+            result.targets.append(at_least(f"sequential {direction} of a stick, against bare {side}", ratio, 0.7))
     result.tables.append(table)
     result.data["seconds"] = seconds
+
+
+@contextlib.contextmanager
+def _emulator(path: Path, plugs: list[str]) -> Iterator[Path]:
+    """An emulator with these devices; its socket."""
+    command = [sys.executable, "-P", "-m", "udf.testing.devices", "--socket", str(path)]
+    command += [word for plug in plugs for word in ("--plug", plug)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            if b"ready" not in process.stdout.readline():
+                raise OSError("the emulator does not start")
+            yield path
+        finally:
+            process.terminate()
 
 
 def _attach(the_lab: Lab, connection: Connection, result: Result) -> None:
