@@ -46,6 +46,12 @@ def bare(path: str, source: str, stick: str, megabytes: int) -> None:
     device, connection = _device(path, stick)
     blocks = _TRANSFER // 512
     with contextlib.closing(connection):
+        # TEST UNIT READY tells that the stick is new, REQUEST SENSE ends that.
+        device.write(_BULK_OUT, struct.pack("<4sIIBBB16s", b"USBC", 1, 0, 0, 0, 6, b""))
+        device.read(_BULK_IN, 13, 5000)
+        device.write(_BULK_OUT, struct.pack("<4sIIBBB16s", b"USBC", 2, 18, 0x80, 0, 6, b"\x03\0\0\0\x12"))
+        device.read(_BULK_IN, 18, 5000)
+        device.read(_BULK_IN, 13, 5000)
         for opcode, flags in ((0x28, 0x80), (0x2A, 0)):
             began = time.perf_counter()
             for number in range(count):
