@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import trio
 
 from udf.driver.usb import open_device
@@ -35,6 +36,13 @@ def module(driver: str, name: str) -> ModuleType:
 UsbStorage = driver_class("usb_storage", "UsbStorage")
 CdcAcm = driver_class("cdc_acm", "CdcAcm")
 Thermometer = driver_class("thermometer", "Thermometer")
+
+
+def shorten_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For devices that do not answer: nobody waits for them as long as for a real one."""
+    unit = module("usb_storage", "unit")
+    for name, seconds in (("QUICK", 0.5), ("SLOW", 0.5), ("OPTIONAL", 0.3), ("PATIENCE", 0.5), ("BUDGET", 8.0)):
+        monkeypatch.setattr(unit, name, seconds)
 
 
 def spec_of(plugged: Plugged, interface: int | None = None) -> DeviceSpec:

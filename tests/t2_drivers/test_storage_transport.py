@@ -28,11 +28,7 @@ def bus() -> Iterator[Emulator]:
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unit_module, "QUICK", 0.5)
-    monkeypatch.setattr(unit_module, "SLOW", 0.5)
-    monkeypatch.setattr(unit_module, "OPTIONAL", 0.3)
-    monkeypatch.setattr(unit_module, "PATIENCE", 0.5)
-    monkeypatch.setattr(unit_module, "BUDGET", 8.0)
+    lab.shorten_patience(monkeypatch)
 
 
 class Wrong(Stick):

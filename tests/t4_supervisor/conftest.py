@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import trio
+from lab import Lab, laboratory
 from staging import Stage
 
 from udf.supervisor import endpoint, hosts, mounts, paths, process, recovery, restart, spawn
@@ -71,3 +72,13 @@ async def stage(nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(process, "DRAIN", 0.2)
     monkeypatch.setattr(restart, "FIRST_DELAY", 0.02)
     return stage
+
+
+@pytest.fixture
+async def lab(own_rundir: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
+    """A registry that serves devices, with a bus of emulated ones."""
+    from udf.supervisor import sockets
+
+    monkeypatch.setattr(sockets, "rundir", lambda: runtime_dir)
+    async with laboratory(runtime_dir) as lab:
+        yield lab

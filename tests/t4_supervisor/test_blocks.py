@@ -8,12 +8,10 @@ import os
 import signal
 import stat
 import subprocess
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import trio
-from lab import Lab, errno_of_read, gone, laboratory, read, serves
+from lab import Lab, errno_of_read, gone, read, serves
 from real import needs_fuse
 
 from udf.supervisor.instance import Reason, State
@@ -21,15 +19,6 @@ from udf.supervisor.plan import StartFailedError
 from udf.testing.devices.thermometer import Thermometer
 
 pytestmark = needs_fuse
-
-
-@pytest.fixture
-async def lab(own_rundir: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    from udf.supervisor import sockets
-
-    monkeypatch.setattr(sockets, "rundir", lambda: runtime_dir)
-    async with laboratory(runtime_dir) as lab:
-        yield lab
 
 
 def uri(lab: Lab, name: str, export: str = "disk") -> str:

@@ -9,12 +9,10 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import trio
-from lab import Lab, gone, laboratory
+from lab import Lab, gone
 from real import needs_fuse
 
 from udf.supervisor.instance import Reason, State
@@ -26,15 +24,6 @@ DEVICES = int(os.environ.get("UDF_STORM_DEVICES", "24"))
 SEED = int(os.environ.get("UDF_STORM_SEED", "0")) or random.randrange(1 << 32)
 DRIVERS = ("sensor", "sensor_line", "sensor_blocks")
 AT_ONCE = 6
-
-
-@pytest.fixture
-async def lab(own_rundir: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    from udf.supervisor import sockets
-
-    monkeypatch.setattr(sockets, "rundir", lambda: runtime_dir)
-    async with laboratory(runtime_dir) as lab:
-        yield lab
 
 
 def descriptors() -> int:

@@ -7,12 +7,10 @@ import gc
 import os
 import signal
 import weakref
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import trio
-from lab import Lab, errno_of_read, gone, laboratory, read, serves
+from lab import Lab, errno_of_read, gone, read, serves
 from real import needs_fuse
 
 from udf.errors import UserError
@@ -23,15 +21,6 @@ from udf.supervisor.plan import BusyError, StartFailedError
 from udf.testing.devices.thermometer import Thermometer
 
 pytestmark = needs_fuse
-
-
-@pytest.fixture
-async def lab(own_rundir: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    from udf.supervisor import sockets
-
-    monkeypatch.setattr(sockets, "rundir", lambda: runtime_dir)
-    async with laboratory(runtime_dir) as lab:
-        yield lab
 
 
 async def test_files_of_a_device_are_there_until_it_is_unplugged(lab: Lab) -> None:

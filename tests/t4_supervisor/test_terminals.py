@@ -6,12 +6,11 @@ import os
 import select
 import signal
 import termios
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
-from lab import Lab, gone, laboratory, serves
+from lab import Lab, gone, serves
 from real import needs_fuse
 
 from udf.errors import UserError
@@ -19,15 +18,6 @@ from udf.supervisor.instance import Reason, State
 from udf.testing.devices.thermometer import Thermometer
 
 pytestmark = needs_fuse
-
-
-@pytest.fixture
-async def lab(own_rundir: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
-    from udf.supervisor import sockets
-
-    monkeypatch.setattr(sockets, "rundir", lambda: runtime_dir)
-    async with laboratory(runtime_dir) as lab:
-        yield lab
 
 
 class Line:
