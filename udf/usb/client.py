@@ -22,7 +22,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from collections.abc import Callable, Sequence
 import usb.core
 
 from udf.usb import usbip
+from udf.usb.calls import NO_SETUP, Calls
 from udf.usb.errors import Failure, usb_error
 from udf.usb.replies import Replies
 from udf.usb.table import Table
@@ -40,14 +40,13 @@ log = logging.getLogger(__name__)
 
 UNLINK_TIMEOUT = 2.0  # seconds for the answer to an UNLINK; then the transfer is given up without one
 STALL_TIMEOUT = 5.0  # a peer that takes nothing of a packet for so long has lost the device
-_SETUP_NONE = bytes(8)
 _unpack = usbip.RET_SUBMIT.unpack
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _WHOLE = int(socket.MSG_WAITALL)
 _LEFT = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)  # sending fails so when the peer has left
 
 
-class Connection:
+class Connection(Calls[Transfer]):
     """A device behind a connected stream socket that is past its import. The socket is this object's from here on."""
 
     def __init__(self, sock: socket.socket, devid: int = 0, *, name: str = "a USB device") -> None:
@@ -96,15 +95,11 @@ class Connection:
         endpoint: int,
         data_or_length: Buffer | int,
         *,
-        setup: bytes = _SETUP_NONE,
+        setup: bytes = NO_SETUP,
         interval: int = 0,
         packets: Sequence[int] = (),
     ) -> Transfer:
-        """Start a transfer; `endpoint` has the direction bit, for control transfers too (0x80 or 0x00, with `setup`).
-
-        IN takes a number of bytes or a writable buffer, which belongs to the transfer until it is done; OUT takes the
-        data. `packets` are the packet lengths of an isochronous transfer. `interval` is in (micro)frames.
-        """
+        """See Calls.submit."""
         is_in = bool(endpoint & 0x80)
         view = _bytes_of(bytearray(data_or_length) if isinstance(data_or_length, int) else data_or_length)
         if view.nbytes > usbip.MAX_TRANSFER:
@@ -145,7 +140,7 @@ class Connection:
                     flags = usbip.URB_DIR_IN if is_in else 0
                     header = usbip.SUBMIT.pack(
                         usbip.CMD_SUBMIT, seqnum, self._devid, is_in, endpoint & 0x0F, flags, view.nbytes, 0,
-                        usbip.NO_PACKETS, 0, _SETUP_NONE,
+                        usbip.NO_PACKETS, 0, NO_SETUP,
                     )  # fmt: skip
                     parts += [header] if is_in or not view.nbytes else [header, view]
                 self._push_slowly(self._push(parts))
@@ -154,40 +149,6 @@ class Connection:
                     self._table.drop(transfer)
                 raise
         return transfers
-
-    def transfer(
-        self,
-        endpoint: int,
-        data_or_length: Buffer | int,
-        *,
-        setup: bytes = _SETUP_NONE,
-        timeout: float | None = None,
-        interval: int = 0,
-        packets: Sequence[int] = (),
-    ) -> Transfer:
-        """Submit and wait: a transfer that is done without an error."""
-        transfer = self.submit(endpoint, data_or_length, setup=setup, interval=interval, packets=packets)
-        transfer.wait(timeout)
-        return transfer
-
-    def control(
-        self,
-        request_type: int,
-        request: int,
-        value: int = 0,
-        index: int = 0,
-        data_or_length: Buffer | int = 0,
-        timeout: float | None = None,
-    ) -> Transfer:
-        """A control transfer on endpoint 0, to its end."""
-        length = data_or_length if isinstance(data_or_length, int) else memoryview(data_or_length).nbytes
-        try:
-            setup = struct.pack("<BBHHH", request_type, request, value, index, length)
-        except struct.error:
-            raise usb_error(Failure.INVALID_PARAM) from None
-        # Without a data stage there is only a status stage, and that is no transfer toward the host.
-        endpoint = 0x80 if request_type & 0x80 and length else 0x00
-        return self.transfer(endpoint, data_or_length, setup=setup, timeout=timeout)
 
     def move(self, endpoint: int, data: Buffer, milliseconds: int = 0, interval: int = 0) -> int:
         """submit() and wait() of a bulk or interrupt transfer, in as few steps as there can be; 0 is no time-out.
@@ -214,7 +175,7 @@ class Connection:
                 raise usb_error(Failure.NO_MEM)
             header = usbip.SUBMIT.pack(
                 usbip.CMD_SUBMIT, seqnum, self._devid, is_in >> 7, endpoint & 0x0F,
-                usbip.URB_DIR_IN if is_in else 0, size, 0, usbip.NO_PACKETS, interval, _SETUP_NONE,
+                usbip.URB_DIR_IN if is_in else 0, size, 0, usbip.NO_PACKETS, interval, NO_SETUP,
             )  # fmt: skip
             parts: list[bytes | memoryview] = [header] if is_in or not size else [header, view]
             rest = self._push(parts)

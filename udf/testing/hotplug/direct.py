@@ -9,7 +9,6 @@ A model's timers run while somebody waits for a transfer, and before each transf
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,13 +22,13 @@ from udf.testing.devices.engine import Engine
 from udf.testing.devices.loop import Timer
 from udf.testing.devices.transfers import SETUP, Setup
 from udf.testing.devices.transfers import Transfer as DeviceTransfer
+from udf.usb.calls import NO_SETUP, Calls
 from udf.usb.errors import Failure, failure_of, usb_error
+from udf.usb.urb import Buffer
 
 T = TypeVar("T")
-Buffer = bytes | bytearray | memoryview
 ENODEV = -19
 _PATIENCE = 0.5  # seconds for a model's handler to end
-_NO_SETUP = bytes(8)
 
 
 class Here:
@@ -183,7 +182,7 @@ class Transfer:
         self.actual = at
 
 
-class Link:
+class Link(Calls["Transfer"]):
     """The connection to one plugged device: what udf.usb.client.Connection is to the backend."""
 
     def __init__(self, here: Here, device: Device, name: str) -> None:
@@ -204,7 +203,7 @@ class Link:
         endpoint: int,
         data_or_length: Buffer | int,
         *,
-        setup: bytes = _NO_SETUP,
+        setup: bytes = NO_SETUP,
         interval: int = 0,
         packets: Sequence[int] = (),
     ) -> Transfer:
@@ -229,43 +228,6 @@ class Link:
             self._waiting[inner] = transfer
             self.engine.submit(inner)
         return transfer
-
-    def transfer(
-        self,
-        endpoint: int,
-        data_or_length: Buffer | int,
-        *,
-        setup: bytes = _NO_SETUP,
-        timeout: float | None = None,
-        interval: int = 0,
-        packets: Sequence[int] = (),
-    ) -> Transfer:
-        """Submit and wait."""
-        transfer = self.submit(endpoint, data_or_length, setup=setup, interval=interval, packets=packets)
-        transfer.wait(timeout)
-        return transfer
-
-    def control(
-        self,
-        request_type: int,
-        request: int,
-        value: int = 0,
-        index: int = 0,
-        data_or_length: Buffer | int = 0,
-        timeout: float | None = None,
-    ) -> Transfer:
-        """A control transfer, as Connection.control makes it."""
-        length = data_or_length if isinstance(data_or_length, int) else memoryview(data_or_length).nbytes
-        try:
-            setup = struct.pack("<BBHHH", request_type, request, value, index, length)
-        except struct.error:
-            raise usb_error(Failure.INVALID_PARAM) from None
-        endpoint = 0x80 if request_type & 0x80 and length else 0x00
-        return self.transfer(endpoint, data_or_length, setup=setup, timeout=timeout)
-
-    def move(self, endpoint: int, data: Buffer, milliseconds: int = 0, interval: int = 0) -> int:
-        """A bulk or interrupt transfer, as Connection.move makes it."""
-        return self.submit(endpoint, data, interval=interval).wait(milliseconds / 1000 if milliseconds else None)
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call it when the device is gone."""

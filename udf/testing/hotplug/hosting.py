@@ -6,7 +6,6 @@ than a driver host. Called by: UsbBus.explore_driver.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,15 +18,14 @@ from udf.errors import DeviceGone
 from udf.testing.hotplug import direct, steps
 from udf.testing.hotplug.backend import BACKEND
 from udf.testing.hotplug.bus import Plugged
-from udf.testing.hotplug.direct import Buffer
 from udf.testing.hotplug.steps import Step
 from udf.usb.backend import Backend
-from udf.usb.errors import Failure, usb_error
+from udf.usb.calls import NO_SETUP, Calls
 from udf.usb.transfers import Transfers
+from udf.usb.urb import Buffer
 
 # What a driver host's bus settles before it, and what a process leaves to its end.
 SETTLED = ("kernel_driver", "in_use", "busy", "twin", "twin_alone")
-_NO_SETUP = bytes(8)
 _KINDS = ("", "iso", "bulk", "intr")  # by an endpoint descriptor's transfer type
 
 
@@ -86,7 +84,7 @@ class Request:
             self._inner.cancel()
 
 
-class Line:
+class Line(Calls[Request]):
     """A plugged device's connection, as a driver host has it, with every transfer numbered."""
 
     def __init__(self, plugged: Plugged) -> None:
@@ -107,7 +105,7 @@ class Line:
         endpoint: int,
         data_or_length: Buffer | int,
         *,
-        setup: bytes = _NO_SETUP,
+        setup: bytes = NO_SETUP,
         interval: int = 0,
         packets: Sequence[int] = (),
     ) -> Request:
@@ -128,43 +126,6 @@ class Line:
             return link.submit(endpoint, view, setup=setup, interval=interval, packets=packets)
 
         return Request(self, step, begin, view)
-
-    def transfer(
-        self,
-        endpoint: int,
-        data_or_length: Buffer | int,
-        *,
-        setup: bytes = _NO_SETUP,
-        timeout: float | None = None,
-        interval: int = 0,
-        packets: Sequence[int] = (),
-    ) -> Request:
-        """As Connection.transfer."""
-        request = self.submit(endpoint, data_or_length, setup=setup, interval=interval, packets=packets)
-        request.wait(timeout)
-        return request
-
-    def move(self, endpoint: int, data: Buffer, milliseconds: int = 0, interval: int = 0) -> int:
-        """As Connection.move."""
-        return self.submit(endpoint, data, interval=interval).wait(milliseconds / 1000 if milliseconds else None)
-
-    def control(
-        self,
-        request_type: int,
-        request: int,
-        value: int = 0,
-        index: int = 0,
-        data_or_length: Buffer | int = 0,
-        timeout: float | None = None,
-    ) -> Request:
-        """As Connection.control."""
-        length = data_or_length if isinstance(data_or_length, int) else memoryview(data_or_length).nbytes
-        try:
-            setup = struct.pack("<BBHHH", request_type, request, value, index, length)
-        except struct.error:
-            raise usb_error(Failure.INVALID_PARAM) from None
-        endpoint = 0x80 if request_type & 0x80 and length else 0x00
-        return self.transfer(endpoint, data_or_length, setup=setup, timeout=timeout)
 
 
 def hosted(
