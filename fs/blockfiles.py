@@ -308,7 +308,7 @@ class BlockFiles(pyfuse3.Operations):
         return await client.read(off, size) if size > 0 else b""  # type: ignore[return-value]
 
     async def _lost(self, file: File, client: BlockClient) -> None:
-        """What a connection was for is gone (another medium): who has it open has lost it, a new open gets a new one."""
+        """What a connection was for is gone, perhaps for another medium: that is for new opens only."""
         if file.reader is client:
             file.reader = None
             file.lost.append(client)  # it is told apart from one that has ended as long as somebody reads by it
