@@ -61,6 +61,7 @@ class File:
     opens: int = 0
     changed_ns: int = field(default_factory=time.time_ns)
     reader: BlockClient | None = None
+    lost: list[BlockClient] = field(default_factory=list)  # readers that have only errors for whoever holds them
     opening: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -69,6 +70,8 @@ class Handle:
     """One open file."""
 
     file: File
+    reader: BlockClient | None = None  # the file's at the time of the open
+    has_read: bool = False
     writer: BlockClient | None = None
     writing: int = 0  # requests under way
     dirty: bool = False  # written to since the last flush
@@ -244,7 +247,7 @@ class BlockFiles(pyfuse3.Operations):
             if access == os.O_WRONLY:
                 await self._writer(handle)
             else:
-                await self._reader(file)
+                handle.reader = await self._reader(file)
         except (OSError, DeviceGone) as exc:
             raise _refusal(exc) from None
         file.opens += 1
@@ -283,13 +286,32 @@ class BlockFiles(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:  # or a bytearray, which pyfuse3 takes as well
         handle = self._handles[fh]
         try:
-            client = handle.writer if handle.writer is not None else await self._reader(handle.file)
-            if client.ended:
-                client = await self._reader(handle.file)
-            size = min(size, client.size - off)
-            return await client.read(off, size) if size > 0 else b""  # type: ignore[return-value]
+            client = handle.writer if handle.writer is not None else handle.reader
+            if client is None or client.ended:
+                client = handle.reader = await self._reader(handle.file)
+            try:
+                data = await self._read(client, off, size)
+            except DeviceGone:
+                await self._lost(handle.file, client)
+                if handle.has_read or client is not handle.reader:
+                    raise
+                # The connection was lost to others before this open: what is in the device now is what it is for.
+                handle.reader = await self._reader(handle.file)
+                data = await self._read(handle.reader, off, size)
+            handle.has_read = True
+            return data
         except (OSError, DeviceGone) as exc:
             raise _refusal(exc) from None
+
+    async def _read(self, client: BlockClient, off: int, size: int) -> bytes:
+        size = min(size, client.size - off)
+        return await client.read(off, size) if size > 0 else b""  # type: ignore[return-value]
+
+    async def _lost(self, file: File, client: BlockClient) -> None:
+        """What a connection was for is gone, perhaps for another medium: that is for new opens only."""
+        if file.reader is client:
+            file.reader = None
+            file.lost.append(client)  # it is told apart from one that has ended as long as somebody reads by it
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self._handles[fh]
@@ -338,9 +360,13 @@ class BlockFiles(pyfuse3.Operations):
         if handle.writer is not None:
             await handle.writer.aclose()
         file.opens -= 1
-        if not file.opens and file.reader is not None:
-            reader, file.reader = file.reader, None
-            await reader.aclose()
+        if not file.opens:
+            ended, file.lost = file.lost, []
+            if file.reader is not None:
+                ended.append(file.reader)
+                file.reader = None
+            for reader in ended:
+                await reader.aclose()
         self._drop(file)
 
 

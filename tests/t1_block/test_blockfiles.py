@@ -216,6 +216,34 @@ def test_a_device_that_is_gone_is_enodev(tmp_path: Path) -> None:
             os.close(fd)
 
 
+def test_a_new_medium_is_for_new_opens_while_the_old_one_is_open_still(tmp_path: Path) -> None:
+    """One descriptor of the medium that was taken out made ENODEV of every later open."""
+
+    class Taken(Memory):
+        async def read(self, offset: int, size: int) -> bytes:
+            from udf import DeviceGone
+
+            raise DeviceGone("another medium is in")
+
+    disk = Memory(MIB)
+    units = {"": disk}
+    with background(units) as path, direct_mount("blockfiles", tmp_path / "mnt", path) as mount:
+        old = os.open(mount.path / "disk", os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, 4096) as buffer:
+                assert os.preadv(old, [buffer], 0) == 4096
+                disk.__class__ = Taken  # type: ignore[assignment]  # the connections that are there have this one
+                units[""] = Memory(MIB)
+                units[""].data[:3] = b"new"
+                for _ in range(2):
+                    assert (mount.path / "disk").read_bytes()[:3] == b"new"
+                    with pytest.raises(OSError) as caught:
+                        os.preadv(old, [buffer], 0)
+                    assert caught.value.errno == errno.ENODEV, "who had it open has lost it"
+        finally:
+            os.close(old)
+
+
 def test_a_server_that_is_gone_is_enodev(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         server = contextlib.ExitStack()

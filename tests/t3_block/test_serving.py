@@ -86,6 +86,17 @@ def test_a_read_only_shim_refuses_to_write(runtime_dir: Path, disk: Path) -> Non
             Client(shim.path, "disk", claim=True)
 
 
+def test_a_slot_without_a_medium_is_an_empty_export(runtime_dir: Path, disk: Path) -> None:
+    """The empty slot of a card reader ended the driver, again and again."""
+    with serving(runtime_dir, Driver("disk", disk, "size:0", "lun:1")) as shim:
+        assert {each["name"]: each["size"] for each in shim.exports} == {"disk": 0, "disk1": MIB}
+        with Client(shim.path, "disk1") as client:
+            assert client.read(0, 512) == bytes(512)
+        assert not shim.said("fault")
+    with serving(runtime_dir, Driver("disk", disk, "size:0")) as shim:
+        assert [each["size"] for each in shim.exports] == [0]
+
+
 def test_what_is_allocated_is_passed_on(runtime_dir: Path, disk: Path) -> None:
     """nbdkit knows the holes of a file; a partition shows its part of them."""
     with disk.open("r+b") as file:

@@ -124,6 +124,31 @@ async def test_a_shim_that_is_killed_ends_the_endpoint_with_its_files(
     assert lab.life("disk0-files", "mount")[-1][0] == "GONE"
 
 
+@pytest.mark.parametrize("how", ["its shim is killed", "umount(8)"])
+async def test_files_that_are_lost_come_back(lab: Lab, how: str) -> None:
+    """Nothing was left in the place of a device that went on being called bound there."""
+    lease = await lab.plug(Thermometer(celsius=2.57))
+    endpoint = await lab.start("disk0", "sensor_blocks", lease)
+    path = lab.place("disk0") / "disk"
+    for _ in range(2):
+        (files,) = endpoint.dependants
+        if how == "umount(8)":
+            assert (await run("umount", str(lab.place("disk0")))).returncode == 0
+        else:
+            assert files.shim is not None
+            assert files.shim.pid is not None
+            os.kill(files.shim.pid, signal.SIGKILL)
+        with trio.fail_after(20):
+            await files.ended.wait()
+            while not endpoint.dependants or endpoint.dependants[0].instance.state is not State.ACTIVE:
+                await trio.sleep(0.02)
+        assert (await read(path))[:2] == b"\x01\x01"
+    assert endpoint.instance.state is State.ACTIVE
+    await lab.unplug(lease)
+    await gone(endpoint, 1.0)
+    assert not lab.place("disk0").exists()
+
+
 async def test_a_device_that_is_unplugged_while_its_units_are_read_is_said_to_be(lab: Lab) -> None:
     for delay in (0.0, 0.02, 0.04, 0.06, 0.08, 0.12):
         lease = await lab.plug(Thermometer())

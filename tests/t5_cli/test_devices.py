@@ -165,6 +165,40 @@ def test_an_image_file_is_plugged_in_as_a_stick(lab: Lab, tmp_path: Path) -> Non
     assert "stick" in lab.daemon.udf.refused("plug", tmp_path / "stick")
 
 
+def test_a_stick_is_called_after_its_file_as_far_as_that_is_a_name(lab: Lab, tmp_path: Path) -> None:
+    """A blank in the file's name was a refusal."""
+    for file, name in (("my stick (1).img", "my-stick-1-"), ("..ä.img", "storage0"), ("x" * 250 + ".img", "x" * 64)):
+        image = tmp_path / file
+        image.write_bytes(bytes(1024 * 1024))
+        assert lab.plug(str(image))["name"] == name
+        lab.daemon.udf.done("unplug", name)
+
+
+def test_a_disk_of_the_daemon_is_no_image_for_it(lab: Lab, tmp_path: Path) -> None:
+    """The emulator waited for itself, and all emulated devices with it, for half a minute."""
+    image = tmp_path / "stick.img"
+    image.write_bytes(bytes(1024 * 1024))
+    lab.plug(str(image))
+    began = time.monotonic()
+    said = lab.daemon.udf.refused("plug", lab.dev / "disk0/disk")
+    assert "is served by this daemon itself" in said
+    assert time.monotonic() - began < 10
+    assert (lab.dev / "disk0/disk").read_bytes() == bytes(1024 * 1024)
+
+
+def test_what_cannot_be_a_medium_is_refused_in_words_that_fit(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_bytes(bytes(511))
+    udf = lab.daemon.udf
+    assert "empty has 0 bytes, less than a block of 512" in udf.refused("plug", tmp_path / "empty")
+    assert "short has 511 bytes, less than a block of 512" in udf.refused("plug", tmp_path / "short")
+    assert "the option 'file' has more than 4096 characters" in udf.refused("plug", "/" + "y" * 5000)
+    assert "/proc/self/mem: Invalid argument" in udf.refused("plug", "/proc/self/mem")
+    for size in ("-4", "9" * 24):
+        assert f"size {size} is not from 0 to" in udf.refused("plug", "storage", "-o", f"size={size}")
+    assert json.loads(udf.done("devices", "--json")) == {"devices": []}
+
+
 def test_why_tells_of_every_driver(lab: Lab) -> None:
     lab.driver()
     lab.driver("other", "vendor = 0x1209")

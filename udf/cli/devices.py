@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 
 from udf.cli import show
@@ -83,10 +84,16 @@ def plug(arguments: argparse.Namespace) -> int:
         options["serial"] = arguments.serial
     name = arguments.name
     if name is None and "file" in options:
-        name = os.path.splitext(os.path.basename(what))[0] or None
+        name = _name_of(what)
     with _daemon(arguments) as connection:
         answer = connection.call("Plug", model=model, options=options, name=name, faults=arguments.faults or None)
     return _plugged(answer["device"], arguments.json)
+
+
+def _name_of(file: str) -> str | None:
+    """What a device is called by its image file: that has more names than devices may have."""
+    stem = os.path.splitext(os.path.basename(file))[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:64] or None
 
 
 def unplug(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -100,10 +101,20 @@ async def serve(face: Callable[[], Awaitable[None]]) -> int:
     """Serve until that ends; the exit status. What an author's code raises ends the driver, and is printed."""
     try:
         await face()
-    except DeviceGone as exc:
-        print(f"the device is gone: {exc}")
-        return 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as exc:
+        gone = _gone(exc)
+        if gone is not None:
+            print(gone, file=sys.stderr)  # an unplug is no mistake of the author's: one line is enough
+        else:
+            traceback.print_exc()
         return 1
     return 0
+
+
+def _gone(exc: Exception) -> DeviceGone | None:
+    """The DeviceGone that this is, or that it is made of, as what leaves a nursery."""
+    if isinstance(exc, DeviceGone):
+        return exc
+    if not isinstance(exc, ExceptionGroup) or exc.split(DeviceGone)[1] is not None:
+        return None
+    return next((gone for each in exc.exceptions if (gone := _gone(each)) is not None), None)

@@ -26,6 +26,8 @@ from udf.supervisor.shim import NOBODY, SILENCE, BlockShim, Listeners
 from udf.supervisor.trace import TraceFeed
 
 BACKLOG = 128
+FILES_PAUSE = 0.5  # seconds after which lost files are started again: what ends them each time must not keep a CPU
+_LOST = (Reason.CRASHED, Reason.HUNG, Reason.CONTRACT, Reason.EXTERNAL)
 
 log = logging.getLogger("udf.mounts")
 
@@ -87,8 +89,8 @@ class BlockEndpoint(Endpoint):
         if self.files is not None:
             self.files.hold()
             self._files_over = trio.Event()
-            nursery.start_soon(self._run_files, self.files, self._files_over)
-            nursery.start_soon(self._follow_unplug, self.files)
+            nursery.start_soon(self._run_files, self._files_over)
+            nursery.start_soon(self._follow_unplug)
         return await super()._start(nursery)
 
     async def _start_dependants(self, nursery: trio.Nursery) -> None:
@@ -96,13 +98,20 @@ class BlockEndpoint(Endpoint):
             self.files.let()
             await self._bell.until(lambda: self._files_done)
 
-    async def _run_files(self, files: Mount, over: trio.Event) -> None:
-        """They start beside the driver, and wait for the socket: a process takes longer to start than to use."""
+    async def _run_files(self, over: trio.Event) -> None:
+        """They start beside the driver, and wait for the socket: a process takes longer to start than to use.
+
+        What serves goes on serving without them, so they are started again when they are lost.
+        """
         try:
             with self._files_scope:
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(files.run)
-                    self._files_settled()
+                while self.files is not None:
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(self.files.run)
+                        self._files_settled()
+                    if self.plan.files is None or not await self._lost_files(self.files):
+                        break
+                    self.files = Mount(self.plan.files, self._events, self._reaper)
         except* StartFailedError as group:
             if self._front.is_up and not self.recovery.is_unplugged:
                 log.warning("%s: it has no files: %s", self.plan.name, group.exceptions[0])
@@ -110,13 +119,20 @@ class BlockEndpoint(Endpoint):
             self._files_settled()
             over.set()
 
+    async def _lost_files(self, files: Mount) -> bool:
+        """Whether they ended though nobody who may had them end, and there is something for them to show."""
+        if files.instance.reason not in _LOST:
+            return False
+        return not await self._bell.within(FILES_PAUSE, lambda: self._front.is_over or self.recovery.is_unplugged)
+
     def _files_settled(self) -> None:
         self._files_done = True
         self._bell.ring()
 
-    async def _follow_unplug(self, files: Mount) -> None:
+    async def _follow_unplug(self) -> None:
         await self._bell.until(lambda: self.recovery.is_unplugged)
-        files.recovery.unplug()
+        if self.files is not None:
+            self.files.recovery.unplug()
 
     async def _end_front(self) -> str:
         files, over = self.files, self._files_over

@@ -73,8 +73,11 @@ class DeviceCalls:
         wanted = call.parameters(_Plug)
         devices = self._served(call)
         options, faults = wanted.options or {}, wanted.faults or []
-        if len(options) > MAX_OPTIONS or any(len(text) > MAX_TEXT for pair in options.items() for text in pair):
-            raise UserError(f"at most {MAX_OPTIONS} options of at most {MAX_TEXT} characters: leave some out")
+        if len(options) > MAX_OPTIONS:
+            raise UserError(f"there are {len(options)} options, and {MAX_OPTIONS} at most are taken: leave some out")
+        for key, value in options.items():
+            if len(key) > MAX_TEXT or len(value) > MAX_TEXT:
+                raise UserError(f"the option {key[:40]!r} has more than {MAX_TEXT} characters: use a shorter value")
         _check_faults(faults)
         row: Row = await devices.plug(wanted.model, options, wanted.name, faults)
         return {"device": row}

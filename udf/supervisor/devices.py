@@ -231,6 +231,10 @@ class Devices:
 
     async def plug(self, model: str, options: Mapping[str, str], name: str | None, faults: Sequence[str]) -> Row:
         """Plug an emulated device in, and wait until it is bound, or known why it is not."""
+        file = options.get("file")
+        if file is not None and Path(os.path.normpath(file)).is_relative_to(self.root):
+            # The emulator would wait for the driver of a device, and that for the emulator, until both are given up.
+            raise UserError(f"{file} is served by this daemon itself: copy it, and plug in the copy")
         await self._emulator.start()
         await self._ensure_emulated_bus()
         before = set(self._present())

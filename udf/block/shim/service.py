@@ -13,6 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from udf.block import wire
+from udf.block.partitions import Table
 from udf.block.shim.buffers import Pool
 from udf.block.shim.claims import Claims
 from udf.block.shim.client import Client
@@ -24,7 +25,6 @@ from udf.block.shim.recovery import Recovery
 from udf.block.shim.request import COMMANDS, Request
 
 if TYPE_CHECKING:
-    from udf.block.partitions import Table
     from udf.block.shim.config import Config
     from udf.block.shim.units import Unit
 

@@ -30,6 +30,7 @@ CSW = struct.Struct("<4sIIB")
 PASSED, FAILED, PHASE_ERROR = 0, 1, 2
 GET_MAX_LUN, BULK_ONLY_RESET = 0xFE, 0xFF
 _IN, _OUT = 0x81, 0x02
+MAX_SIZE = 1 << 50
 
 
 class Phase(Enum):
@@ -91,6 +92,7 @@ class Storage(Device):
             raise ValueError("file= and size= are two media for one unit")
         if not 0 <= keep <= 1:
             raise ValueError("keep is a chance from 0 to 1")
+        self._block_size = block_size
         self._medium = {"read_only": read_only, "cache": cache, "keep": keep, "seed": seed}
         files: list[str | None] = [file or None, *(luns.split(",") if isinstance(luns, str) and luns else luns)]
         if len(files) > 16:
@@ -365,8 +367,19 @@ class Storage(Device):
         return pipe.size if pipe is not None else 512
 
     def _open(self, file: str | None, size: int) -> Medium:
-        medium: Any = self._medium
-        return Medium(file, size=size, **medium)
+        options: Any = self._medium
+        if not 0 <= size <= MAX_SIZE:
+            raise UserError(f"The size {size} is not from 0 to {MAX_SIZE}.")
+        try:
+            medium = Medium(file, size=size, **options)
+        except OSError as error:
+            if file is None or error.filename:
+                raise
+            raise OSError(error.errno, error.strerror, file) from None  # it is open, and has no size
+        if medium.size < self._block_size:
+            medium.close()
+            raise UserError(f"{file or 'The medium'} has {medium.size} bytes, less than a block of {self._block_size}.")
+        return medium
 
 
 def _ranges(text: str) -> tuple[tuple[int, int], ...]:
