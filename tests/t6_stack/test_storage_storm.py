@@ -112,7 +112,8 @@ class Verifying(Worker):
         self.do(
             *("fio", "--name=verify", f"--filename={self.path}", f"--size={PART}", "--rw=randwrite"),
             *("--bsrange=4k-128k", "--allow_file_create=0", f"--randseed={self.rounds + 1}"),
-            *("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0", "--end_fsync=1", "--ioengine=psync"),
+            *("--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"),
+            *("--end_fsync=1", "--ioengine=psync"),
         )
 
 
