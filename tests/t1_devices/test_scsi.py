@@ -371,7 +371,7 @@ def test_image_is_locked_while_its_stick_is_there(tmp_path: Path) -> None:
         ({"size": "much"}, "size=much is wrong"),
         ({"bad": "x"}, "bad=x is not like"),
         ({"read_only": "maybe"}, "neither yes nor no"),
-        ({"size": "1" + "0" * 30}, "cannot be made"),
+        ({"size": "1" + "0" * 30}, "is not from 0 to"),
         ({"vendor": "0x12345"}, "vendor is a number of 16 bits"),
         ({"colour": "red"}, "no option 'colour'"),
         ({"size": []}, "neither text nor a number"),
