@@ -156,5 +156,5 @@ def test_text_that_no_key_writes_is_refused() -> None:
 
 
 def test_model_that_does_not_exist_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="There is no device model 'toaster'; there are thermometer"):
+    with pytest.raises(UserError, match="There is no file and no device model 'toaster'; the models are thermometer"):
         make("toaster", {})

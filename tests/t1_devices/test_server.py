@@ -210,7 +210,7 @@ def test_commands_do_what_udf_plug_needs(bus: Emulator, tmp_path: Path) -> None:
         (b"[]", "A command is a JSON object."),
         (b'{"do":"explode"}', "There is no command 'explode'; there are plug"),
         (b'{"do":"plug"}', "must say 'model'"),
-        (b'{"do":"plug","model":"toaster"}', "There is no device model 'toaster'"),
+        (b'{"do":"plug","model":"toaster"}', "There is no file and no device model 'toaster'"),
         (b'{"do":"plug","model":"loopback","name":"../x"}', "is no name for a device"),
         (b'{"do":"plug","model":"loopback","name":"taken"}', "is called 'taken' already"),
         (b'{"do":"plug","model":"loopback","options":[1]}', "'options' is a JSON object."),
@@ -526,7 +526,7 @@ def test_process_ends_with_its_control_connection(python: str, runtime_dir: Path
     ("arguments", "sentence"),
     [
         (["--socket", "/nonexistent/s"], "cannot serve on /nonexistent/s: No such file or directory."),
-        (["--socket", "{dir}/s", "--plug", "toaster"], "There is no device model 'toaster'"),
+        (["--socket", "{dir}/s", "--plug", "toaster"], "There is no file and no device model 'toaster'"),
         (["--socket", "{dir}/s", "--control", "77"], "--control 77: Bad file descriptor."),
         (["--socket", "{dir}/s", "--listen", "here"], "'here' is not HOST:PORT"),
     ],

@@ -213,7 +213,8 @@ class UsbipBus(Bus):
 
     def _complain(self, exc: Exception) -> None:
         """Once for each thing that goes wrong, until something goes right."""
-        text = str(exc)
+        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        text = f"its devices are not there: {why}"
         if text != self._said:
             log.info("%s: %s", self.name, text)
         self._said = text

@@ -73,5 +73,5 @@ def make(model: str, options: Mapping[str, Any]) -> Device:
 def _class(model: str) -> type[Device]:
     found = MODELS.get(model)
     if found is None:
-        raise UserError(f"There is no device model {model!r}; there are {', '.join(MODELS)}.")
+        raise UserError(f"There is no file and no device model {model!r}; the models are {', '.join(MODELS)}.")
     return found.load()
