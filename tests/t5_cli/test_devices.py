@@ -382,7 +382,7 @@ def test_faults_can_be_changed_while_it_is_plugged_in(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("plug", "teapot"), "there is no device model 'teapot'"),
+        (("plug", "teapot"), "there is no file and no device model 'teapot'"),
         (("plug", "thermometer", "-o", "colour=red"), "has no option 'colour'"),
         (("plug", "thermometer", "-o", "celsius=warm"), "celsius=warm is wrong"),
         (("plug", "thermometer", "--faults", "explode"), "explode"),

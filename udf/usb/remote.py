@@ -213,8 +213,7 @@ class UsbipBus(Bus):
 
     def _complain(self, exc: Exception) -> None:
         """Once for each thing that goes wrong, until something goes right."""
-        why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        text = f"its devices are not there: {why}"
+        text = f"it cannot be reached: {exc.strerror or exc}" if isinstance(exc, OSError) else str(exc)
         if text != self._said:
             log.info("%s: %s", self.name, text)
         self._said = text
