@@ -1,8 +1,8 @@
 """One unit of the driver: what waits for it, what is under way, and what it has acknowledged but not flushed.
 
 Owns: the order in which the driver is asked (that of arrival, within a bounded window), splitting what is larger than
-it takes and merging what is smaller, and the writes that are kept until a FLUSH. Must never: answer a client itself (service.py does), or forget a
-request because of something that the driver says.
+it takes and merging what is smaller, and the writes that are kept until a FLUSH. Must never: answer a client itself
+(service.py does), or forget a request because of something that the driver says.
 Called by: service.py and recovery.py with requests, driver.py with what was settled.
 """
 
