@@ -120,6 +120,8 @@ class Recovery:
                     if client is not None and not client.is_receiving(request):
                         s.give_up(request, wire.EIO)
         for unit in s.units:
+            if s.pumping and unit.queue:
+                unit.pump()  # what was held back
             late = unit.overdue(now, config.deadline)
             if late and not self._told_overdue:
                 self._told_overdue = True

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WINDOW = 4 << 20  # bytes of which the driver is asked at once
 MERGED = 1 << 20  # bytes of requests, one behind the other, for which the driver is asked in one command
+_HOLD = 0.2  # seconds without an answer after which what could be merged with more waits no longer for that
 MOST_PIECES = 128  # and commands
 _WITHOUT_DATA = 32 << 20  # the largest piece of a command that carries no data: a slow device must get somewhere
 KEPT_LIMIT = 64 << 20  # bytes of writes that no FLUSH has covered
@@ -86,7 +87,7 @@ class Unit:
             return
         pieces = connection.pieces
         now = monotonic()
-        # Not as soon as a little can be asked for: then nothing would ever be merged.
+        # Not as soon as a little can be asked for: then less would be merged.
         while queue and self.under_way <= WINDOW - MERGED and len(pieces) < MOST_PIECES:
             request = queue[0]
             if request.answered:
@@ -99,37 +100,43 @@ class Unit:
                     self.flush_kept()
                     if self._own_flush is not None:
                         return
+                riders, grows = self._riders(request)
+                if grows and self.under_way >= MERGED and now - self._last_answer < _HOLD:
+                    return  # the driver has enough to do until it answers something; then this goes on its way
                 self.begin(request, now)
-                if len(queue) > 1 and (merged := self._merged(request, now)) is not None:
-                    self._ask(connection, merged, now)
+                if len(riders) > 1:
+                    self._ask(connection, self._merge(riders, now), now)
                     continue
             self._ask(connection, request, now)
             if request.todo >= request.length:
                 queue.popleft()
 
-    def _merged(self, first: Request, now: float) -> Request | None:
-        """One request for the first one that waits and those that go on where it ends; they leave the queue.
+    def _riders(self, first: Request) -> tuple[list[Request], bool]:
+        """What waits first and those that go on where it ends; and whether more may still come to join them.
 
-        Only for a client's own, so that nobody has to wait for, or holds memory of, another one.
+        Only one client's, so that nobody has to wait for, or holds memory of, another one.
         """
         op, client = first.op, first.client
         if op not in WITH_DATA or first.flags or first.alone or client is None:
-            return None
+            return [], False
         most = min(MERGED, self.maximum)
         riders: list[Request] = []
         end = first.offset
         for request in self.queue:
             if request.op != op or request.offset != end or request.client is not client or request.flags:
-                break
+                return riders, False
             if request.answered or request.alone or end + request.length - first.offset > most:
-                break
+                return riders, False
             if self._ghosts and op == _WRITE and self._meets_ghost(request):
-                break
+                return riders, False
             end += request.length
             riders.append(request)
-        if len(riders) < 2:
-            return None
-        merged = Request(self, op, 0, first.offset, end - first.offset, first.since)
+        return riders, end - first.offset < most
+
+    def _merge(self, riders: list[Request], now: float) -> Request:
+        """One request for all of them, which leave the queue."""
+        first, last = riders[0], riders[-1]
+        merged = Request(self, first.op, 0, first.offset, last.offset + last.length - first.offset, first.since)
         merged.riders, merged.region, merged.sent = riders, first.region, now
         for request in riders:
             request.sent, request.todo, request.open, request.carrier = now, request.length, 1, merged
