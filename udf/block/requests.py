@@ -112,8 +112,10 @@ class Connection:
                 await self._idle.park()
             if self._ended:
                 break
-            reading = self._taken = True
             now = perf_counter()
+            if not reading:
+                passed = now  # others ran while this task waited
+            reading = self._taken = True
             if now - passed > _FAIR:
                 await trio.lowlevel.checkpoint()
                 passed = now

@@ -39,6 +39,7 @@ from udf.usb.urb import Buffer, Transfer, iso_layout
 log = logging.getLogger(__name__)
 
 UNLINK_TIMEOUT = 2.0  # seconds for the answer to an UNLINK; then the transfer is given up without one
+SEND_BUFFER = 2 << 20  # bytes that the kernel is asked to hold: a large transfer should go in one call
 STALL_TIMEOUT = 5.0  # a peer that takes nothing of a packet for so long has lost the device
 _unpack = usbip.RET_SUBMIT.unpack
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -51,6 +52,8 @@ class Connection(Calls[Transfer]):
 
     def __init__(self, sock: socket.socket, devid: int = 0, *, name: str = "a USB device") -> None:
         sock.settimeout(None)
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._sock = sock
         self._devid = devid
         self._name = name

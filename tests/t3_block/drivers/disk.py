@@ -1,11 +1,11 @@
 """A block driver on udf's own server: a file as the medium, with or without a volatile cache, with planned deaths.
 
-Arguments: the link, the file, then words: `cache` (what is written is in the file only after a flush; it dies with this
-process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, or of `any`, before it is done or after, but never
-answered), `hang:VERB:N`, `fail:VERB:N`, `late:VERB:N` (by 0.7 s), `gone:VERB:N` (the device is gone from there on),
-`poison:OFFSET` (dies whenever this is read), `deadly:OFFSET` (written), `min:N` (block size), `size:N` (not the
-file's), `lun:N` (so many further units of 1 MiB in memory), `slow:SECONDS`, `slot` (SIGUSR1 puts a second unit in or
-takes it out).
+Arguments: the link, the file, then words: `cache` (what is written is in the file only after a flush; it dies with
+this process), `die:VERB:N[:done]` (SIGKILL at the Nth call of a verb, or of `any`, before it is done or after, but
+never answered), `hang:VERB:N`, `fail:VERB:N`, `late:VERB:N` (by 0.7 s), `gone:VERB:N` (the device is gone from there
+on), `poison:OFFSET` (dies whenever this is read), `deadly:OFFSET` (written), `bad:OFFSET` (EIO for both), `min:N`
+(block size), `size:N` (not the file's), `lun:N` (so many further units of 1 MiB in memory), `slow:SECONDS`, `slot`
+(SIGUSR1 puts a second unit in or takes it out).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Disk(BlockDriver):
         self.slow = float(options.get("slow", 0))
         self.poison = int(options.get("poison", -1))
         self.deadly = int(options.get("deadly", -1))
+        self.bad = int(options.get("bad", -1))
         self.events = [
             word.split(":") for word in words if word.split(":")[0] in ("die", "hang", "fail", "gone", "late")
         ]
@@ -73,10 +74,15 @@ class Disk(BlockDriver):
                 if event[0] == "fail" and when == "before":
                     raise OSError(errno.EIO, "planned")
 
+    def _check(self, offset: int, size: int) -> None:
+        if offset <= self.bad < offset + size:
+            raise OSError(errno.EIO, "bad")
+
     async def read(self, offset: int, size: int) -> bytes:
         if offset <= self.poison < offset + size:
             os.kill(os.getpid(), signal.SIGKILL)
         await self._happens("read", "before")
+        self._check(offset, size)
         data = bytearray(os.pread(self.fd, size, offset).ljust(size, b"\0"))
         if self.cache:
             for at in range(offset, offset + size, 512):
@@ -89,6 +95,7 @@ class Disk(BlockDriver):
         if offset <= self.deadly < offset + len(data):
             os.kill(os.getpid(), signal.SIGKILL)
         await self._happens("write", "before")
+        self._check(offset, len(data))
         if self.cache is None:
             os.pwrite(self.fd, data, offset)
         else:

@@ -254,14 +254,14 @@ class Client:
                         request.offset - region.offset,
                     )
                 )
-                out.push(request.buffer.view[:size], request)
+                out.push(request.buffer.view[request.at : request.at + size], request)
             else:
                 payload = wire.CONTEXT.pack(CONTEXT_ID) + self._extents(request)
                 out.push(wire.pack_chunk(wire.CHUNK_BLOCK_STATUS, cookie, payload), request)
         elif op == _READ and not error:
             assert request.buffer is not None
             out.push(wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, 0, cookie))
-            out.push(request.buffer.view[: request.length], request)
+            out.push(request.buffer.view[request.at : request.at + request.length], request)
         else:
             out.push(wire.SIMPLE_REPLY.pack(wire.SIMPLE_REPLY_MAGIC, error, cookie), request)
         if out.queued >= EAGER and not out.blocked:

@@ -9,7 +9,7 @@ Called by: generation.py opens it, units.py sends over it, the loop says when th
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -327,12 +327,12 @@ class DriverConnection:
 
     # ---- sending
 
-    def send(self, cookie: int, piece: Piece, flags: int, data: memoryview | None) -> None:
+    def send(self, cookie: int, piece: Piece, flags: int, data: Sequence[memoryview] = ()) -> None:
         """Ask for one piece; it is on its way at the end of the loop's turn at the latest. Raises Ended."""
         self.pieces[cookie] = piece
         self.out.push(wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, piece.op, cookie, piece.at, piece.length))
-        if data is not None:
-            self.out.push(data)
+        for part in data:
+            self.out.push(part)
         if self.out.queued >= EAGER and not self.out.blocked:
             self.out.flush()
 

@@ -120,6 +120,8 @@ class Recovery:
                     if client is not None and not client.is_receiving(request):
                         s.give_up(request, wire.EIO)
         for unit in s.units:
+            if s.pumping and unit.queue:
+                unit.pump()  # what was held back
             late = unit.overdue(now, config.deadline)
             if late and not self._told_overdue:
                 self._told_overdue = True
@@ -131,8 +133,10 @@ class Recovery:
             # The next generation should answer it; should there be none, the program has its answer all the same.
             hopeless = unit.overdue(now, 2 * config.deadline) if late else ()
             for piece in hopeless:
-                if piece.request is not None and piece.request.client is not None:
-                    s.give_up(piece.request, wire.EIO)
+                whole = piece.request
+                for request in (whole.riders or [whole]) if whole is not None else ():
+                    if request.client is not None:
+                        s.give_up(request, wire.EIO)
             if hopeless:
                 for request in [r for r in unit.queue if not r.answered and now - r.since > 2 * config.deadline]:
                     s.give_up(request, wire.EIO)

@@ -42,9 +42,11 @@ class Request:
     """One command, of a client's or (client is None) of our own."""
 
     __slots__ = (
+        "alone",
         "answered",
         "at",
         "buffer",
+        "carrier",
         "charge",
         "client",
         "cookie",
@@ -59,6 +61,7 @@ class Request:
         "open",
         "region",
         "reply",
+        "riders",
         "sent",
         "since",
         "then",
@@ -89,11 +92,15 @@ class Request:
         self.deaths = 0  # of the driver's own making at which it was under way
         self.mark = 0  # a flush: what is kept up to here is covered by it
         self.answered = False
+        self.riders: list[Request] = []  # the clients' requests that this one stands for
+        self.carrier: Request | None = None  # under way: what it is asked for as a part of
+        self.alone = False  # what it was a part of has failed
 
     def begin_again(self) -> None:
         """As if the driver had not been asked."""
         self.sent = 0.0
         self.todo = self.open = self.error = 0
+        self.carrier = None
         self.reply = b""
 
     def describe(self) -> str:

@@ -1,8 +1,8 @@
 """One unit of the driver: what waits for it, what is under way, and what it has acknowledged but not flushed.
 
 Owns: the order in which the driver is asked (that of arrival, within a bounded window), splitting what is larger than
-it takes, and the writes that are kept until a FLUSH. Must never: answer a client itself (service.py does), or forget a
-request because of something that the driver says.
+it takes and merging what is smaller, and the writes that are kept until a FLUSH. Must never: answer a client itself
+(service.py does), or forget a request because of something that the driver says.
 Called by: service.py and recovery.py with requests, driver.py with what was settled.
 """
 
@@ -22,13 +22,15 @@ from udf.block.shim.streams import Ended
 if TYPE_CHECKING:
     from udf.block.shim.service import Service
 
-WINDOW = 8 << 20  # bytes of which the driver is asked at once
+WINDOW = 4 << 20  # bytes of which the driver is asked at once
+MERGED = 1 << 20  # bytes of requests, one behind the other, for which the driver is asked in one command
+_HOLD = 0.2  # seconds without an answer after which what could be merged with more waits no longer for that
 MOST_PIECES = 128  # and commands
 _WITHOUT_DATA = 32 << 20  # the largest piece of a command that carries no data: a slow device must get somewhere
 KEPT_LIMIT = 64 << 20  # bytes of writes that no FLUSH has covered
 _EXTENSIONS = 8  # deadlines that one piece may take while others are answered
 
-_WRITE, _FLUSH, _STATUS = wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_BLOCK_STATUS
+_READ, _WRITE, _FLUSH, _STATUS = wire.CMD_READ, wire.CMD_WRITE, wire.CMD_FLUSH, wire.CMD_BLOCK_STATUS
 _FUA = wire.CMD_FLAG_FUA
 
 
@@ -85,7 +87,8 @@ class Unit:
             return
         pieces = connection.pieces
         now = monotonic()
-        while queue and self.under_way < WINDOW and len(pieces) < MOST_PIECES:
+        # Not as soon as a little can be asked for: then less would be merged.
+        while queue and self.under_way <= WINDOW - MERGED and len(pieces) < MOST_PIECES:
             request = queue[0]
             if request.answered:
                 queue.popleft()
@@ -97,10 +100,71 @@ class Unit:
                     self.flush_kept()
                     if self._own_flush is not None:
                         return
+                riders, grows = self._riders(request)
+                if grows and self.under_way >= MERGED and now - self._last_answer < _HOLD:
+                    return  # the driver has enough to do until it answers something; then this goes on its way
                 self.begin(request, now)
+                if len(riders) > 1:
+                    self._ask(connection, self._merge(riders, now), now)
+                    continue
             self._ask(connection, request, now)
             if request.todo >= request.length:
                 queue.popleft()
+
+    def _riders(self, first: Request) -> tuple[list[Request], bool]:
+        """What waits first and those that go on where it ends; and whether more may still come to join them.
+
+        Only one client's, so that nobody has to wait for, or holds memory of, another one.
+        """
+        op, client = first.op, first.client
+        if op not in WITH_DATA or first.flags or first.alone or client is None:
+            return [], False
+        most = min(MERGED, self.maximum)
+        riders: list[Request] = []
+        end = first.offset
+        for request in self.queue:
+            if request.op != op or request.offset != end or request.client is not client or request.flags:
+                return riders, False
+            if request.answered or request.alone or end + request.length - first.offset > most:
+                return riders, False
+            if self._ghosts and op == _WRITE and self._meets_ghost(request):
+                return riders, False
+            end += request.length
+            riders.append(request)
+        return riders, end - first.offset < most
+
+    def _merge(self, riders: list[Request], now: float) -> Request:
+        """One request for all of them, which leave the queue."""
+        first, last = riders[0], riders[-1]
+        merged = Request(self, first.op, 0, first.offset, last.offset + last.length - first.offset, first.since)
+        merged.riders, merged.region, merged.sent = riders, first.region, now
+        for request in riders:
+            request.sent, request.todo, request.open, request.carrier = now, request.length, 1, merged
+            self.queue.popleft()
+        return merged
+
+    def _unmerge(self, merged: Request) -> None:
+        """It is answered, and so is each that was in it; after an error each is asked for again, for itself."""
+        riders, merged.riders = merged.riders, []
+        buffer, merged.buffer = merged.buffer, None
+        again = []
+        for request in riders:
+            request.open, request.carrier = 0, None
+            if request.answered:
+                continue
+            if merged.error:
+                request.begin_again()
+                request.alone = True
+                again.append(request)
+                continue
+            if merged.op == _READ:
+                assert buffer is not None
+                buffer.refs += 1
+                request.buffer, request.at = buffer, request.offset - merged.offset
+            self._finish(request)
+        if buffer is not None:
+            self.service.pool.drop(buffer)
+        self.queue.extendleft(reversed(again))
 
     def _meets_ghost(self, request: Request) -> bool:
         end = request.offset + request.length
@@ -113,8 +177,9 @@ class Unit:
         """
         if request.open and self.connection is not None:
             for piece in self.connection.pieces.values():
-                if piece.request is request:
-                    piece.request = None
+                if piece.request is request or (request.carrier is not None and piece.request is request.carrier):
+                    if request.carrier is None:
+                        piece.request = None
                     if piece.op in WRITING:
                         self._ghosts.add(piece)
 
@@ -133,10 +198,9 @@ class Unit:
         piece = Piece(request, op, request.offset + at, size, now)
         request.todo = at + size
         request.open += 1
-        data = None
+        data: list[memoryview] = []
         if op == _WRITE:
-            assert request.buffer is not None
-            data = request.buffer.view[request.at + at : request.at + at + size]
+            data = _data(request, at, size)
         if op in WITH_DATA:
             self.under_way += size
         service = self.service
@@ -216,9 +280,8 @@ class Unit:
         if piece.op in WITH_DATA:
             self.under_way -= piece.length
         request = piece.request
-        if request is None:
-            self._ghosts.discard(piece)
-        else:
+        self._ghosts.discard(piece)
+        if request is not None:
             request.open -= 1
             request.error = request.error or error
             if not request.open and (request.todo >= request.length or request.error):
@@ -228,6 +291,9 @@ class Unit:
 
     def _finish(self, request: Request) -> None:
         op = request.op
+        if request.riders:
+            self._unmerge(request)
+            return
         if op in WRITING:
             # A FUA write is safe, but it must not be undone by an older one that is written again.
             keep = self.can_flush and request.client is not None and (not request.flags & _FUA or len(self.kept))
@@ -251,3 +317,11 @@ class Unit:
             for piece in self.connection.pieces.values()
             if (quiet and now - piece.sent > seconds) or now - piece.sent > _EXTENSIONS * seconds
         ]
+
+
+def _data(request: Request, at: int, size: int) -> list[memoryview]:
+    """What a piece of it writes; what is merged is never cut into pieces."""
+    if request.riders:
+        return [part for rider in request.riders for part in _data(rider, 0, rider.length)]
+    assert request.buffer is not None
+    return [request.buffer.view[request.at + at : request.at + at + size]]

@@ -33,7 +33,7 @@ from udf.usb.usbip import (
 
 log = logging.getLogger("udf.devices")
 _BUFFER = 16 * 1024  # what a connection reads into at first; it grows to what its transfers need
-_KEPT = 1 << 20  # and stays so up to this size
+_KEPT = 2 << 20  # and stays so up to this size: enough for transfers of 1 MiB
 _BACKLOG = 4 * 1024 * 1024  # unsent answers with which no more is read
 _TURN = 16  # reads before other devices have theirs
 MAX_PENDING = 4096  # unanswered transfers of one client
