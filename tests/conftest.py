@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -30,6 +30,27 @@ hypothesis.settings.load_profile("udf")
 
 # Orphans become ours, so that whatever a test started is found below us however often it forked.
 ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skip says why, also where it came out of an async test, which makes pytest forget."""
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, pytest.skip.Exception):
+        path, line, _ = item.location
+        report.longrepr = (path, (line or 0) + 1, f"Skipped: {_reason(call.excinfo.value)}")
+    return report
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why a test was skipped: pytest-trio raises a new exception, without a reason, out of the group of the old one."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_reason, error.exceptions)), "")
+    if error is None:
+        return ""
+    return str(getattr(error, "msg", None) or "") or _reason(error.__cause__ or error.__context__)
 
 
 @pytest.fixture
