@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.t6_hotplug import models, planting
+from tests.t7_hotplug import models, planting
 from udf.testing.hotplug import UsbBus
 
 SCALE = {"plug": models.Scale}

@@ -18,7 +18,7 @@ import usb.util
 
 import udf.testing.plugin
 from tests.conftest import ROOT
-from tests.t6_hotplug import models
+from tests.t7_hotplug import models
 from udf.errors import UserError
 from udf.testing.devices import BulkIn, BulkOut, Configuration, Device, Interface
 from udf.testing.hotplug import UsbBus

@@ -8,7 +8,7 @@ import pytest
 import trio
 import usb.core
 
-from tests.t6_hotplug import models
+from tests.t7_hotplug import models
 from udf import Attr, UsbDriver
 from udf.testing.hotplug import UsbBus
 from udf.testing.hotplug.direct import Here, Link

@@ -12,7 +12,7 @@ import pytest
 import usb.core
 import usb.util
 
-from tests.t6_hotplug import models
+from tests.t7_hotplug import models
 from udf.errors import UserError
 from udf.testing.hotplug import HotplugError, UsbBus
 from udf.testing.hotplug.steps import CONDITIONS, FAULTS, Fault
