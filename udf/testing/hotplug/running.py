@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GRACE = 0.5  # seconds for a run that was given up
+_TRIES = 4  # to end a thread
 
 
 class GivenUpError(BaseException):
@@ -107,7 +108,10 @@ def _failed(error: BaseException) -> Outcome:
 
 def end(thread: threading.Thread) -> bool:
     """Have a thread end that ought to have ended; whether it did."""
-    if thread.ident is not None and thread.is_alive():
+    for _ in range(_TRIES):
+        if thread.ident is None or not thread.is_alive():
+            break
+        # More than once: what is raised in the midst of a finalizer or a bare `except` is lost there.
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(GivenUpError))
         thread.join(_GRACE)
     return not thread.is_alive()
