@@ -34,7 +34,7 @@ from udf.usb.errors import Failure, usb_error
 from udf.usb.replies import Replies
 from udf.usb.table import Table
 from udf.usb.turns import Turns
-from udf.usb.urb import Buffer, Transfer, iso_layout
+from udf.usb.urb import Buffer, Transfer, bytes_of, iso_layout
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Connection(Calls[Transfer]):
     ) -> Transfer:
         """See Calls.submit."""
         is_in = bool(endpoint & 0x80)
-        view = _bytes_of(bytearray(data_or_length) if isinstance(data_or_length, int) else data_or_length)
+        view = bytes_of(data_or_length)
         if view.nbytes > usbip.MAX_TRANSFER:
             raise usb_error(Failure.NO_MEM)
         if len(packets) > usbip.MAX_ISO_PACKETS or sum(packets) > view.nbytes:
@@ -134,7 +134,7 @@ class Connection(Calls[Transfer]):
         with self._sending:
             try:
                 for endpoint, data in requests:
-                    is_in, view = bool(endpoint & 0x80), _bytes_of(data)
+                    is_in, view = bool(endpoint & 0x80), bytes_of(data)
                     if view.nbytes > usbip.MAX_TRANSFER:
                         raise usb_error(Failure.NO_MEM)
                     transfer = Transfer(self, is_in, view)
@@ -159,7 +159,7 @@ class Connection(Calls[Transfer]):
         While nobody else waits we lead from the beginning, and nobody needs to know of the transfer. Whatever is not
         as it nearly always is makes it an ordinary transfer, from where it stands.
         """
-        view = _bytes_of(data)
+        view = bytes_of(data)
         size = view.nbytes
         seconds = milliseconds / 1000 if milliseconds else None
         with self._state:
@@ -430,8 +430,3 @@ class Connection(Calls[Transfer]):
                     self._push_slowly(self._push([usbip.pack_unlink(number, self._devid, transfer.seqnum)]))
                 except usb.core.USBError:
                     return
-
-
-def _bytes_of(data: Buffer) -> memoryview:
-    view = memoryview(data)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")

@@ -71,6 +71,14 @@ class Transfer:
         self._connection.cancel(self)
 
 
+def bytes_of(data_or_length: Buffer | int) -> memoryview:
+    """The bytes of a transfer: a new buffer for a number of them, else what was given."""
+    view = memoryview(bytearray(data_or_length) if isinstance(data_or_length, int) else data_or_length)
+    if view.format == "B" and view.ndim == 1:
+        return view
+    return view.cast("B") if view.nbytes else memoryview(bytearray())  # nothing cannot be cast
+
+
 def iso_layout(lengths: Sequence[int]) -> bytes:
     """The packet descriptors that end the submission of an isochronous transfer."""
     layout, offset = bytearray(), 0

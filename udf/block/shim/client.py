@@ -7,7 +7,6 @@ Called by: the loop with events, service.py with answers.
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from time import monotonic
@@ -356,10 +355,3 @@ class Client:
             if request is incoming or not request.sent:
                 self.service.answer(request, wire.ESHUTDOWN)
         self.service.client_settled(self)
-
-    def close_socket(self) -> None:
-        """Nothing refers to the descriptor any more."""
-        try:
-            self.sock.close()
-        except OSError:
-            os.write(2, b"udf-block-shim: a client's socket could not be closed\n")

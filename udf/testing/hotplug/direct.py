@@ -24,7 +24,7 @@ from udf.testing.devices.transfers import SETUP, Setup
 from udf.testing.devices.transfers import Transfer as DeviceTransfer
 from udf.usb.calls import NO_SETUP, Calls
 from udf.usb.errors import Failure, failure_of, usb_error
-from udf.usb.urb import Buffer
+from udf.usb.urb import Buffer, bytes_of
 
 T = TypeVar("T")
 ENODEV = -19
@@ -208,8 +208,7 @@ class Link(Calls["Transfer"]):
         packets: Sequence[int] = (),
     ) -> Transfer:
         """Start a transfer, as Connection.submit does."""
-        data = bytearray(data_or_length) if isinstance(data_or_length, int) else data_or_length
-        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(bytearray())
+        view = bytes_of(data_or_length)
         is_in = bool(endpoint & 0x80)
         with self.here:
             if self.gone:

@@ -22,7 +22,7 @@ from udf.testing.hotplug.steps import Step
 from udf.usb.backend import Backend
 from udf.usb.calls import NO_SETUP, Calls
 from udf.usb.transfers import Transfers
-from udf.usb.urb import Buffer
+from udf.usb.urb import Buffer, bytes_of
 
 # What a driver host's bus settles before it, and what a process leaves to its end.
 SETTLED = ("kernel_driver", "in_use", "busy", "twin", "twin_alone")
@@ -110,8 +110,7 @@ class Line(Calls[Request]):
         packets: Sequence[int] = (),
     ) -> Request:
         """As Connection.submit."""
-        data = bytearray(data_or_length) if isinstance(data_or_length, int) else data_or_length
-        view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(bytearray())
+        view = bytes_of(data_or_length)
         link, name = self.plugged.link, self.plugged.name
         if endpoint & 0x0F:
             call = steps.READ if endpoint & 0x80 else steps.WRITE
