@@ -24,6 +24,7 @@ SECTOR = 512  # what a device writes as one, whatever the volume calls a sector
 PER_SECTOR = SECTOR // SLOT
 MAX_SLOTS = 65536  # of a directory: 2 MiB
 MAX_LONG = 20  # slots of a long name
+LONG_BYTES = 26  # of a long name in one slot
 FREE = 0xE5
 END = 0x00
 
@@ -191,6 +192,12 @@ def pack(
     )
 
 
+def cluster_of(raw: bytes, settings: Settings) -> int:
+    """The cluster that a short entry names."""
+    low = int.from_bytes(raw[26:28], "little")
+    return int.from_bytes(raw[20:22], "little") << 16 | low if settings.wide else low
+
+
 def patch(raw: bytes, settings: Settings, changes: dict[str, int]) -> bytes:
     """The short entry with these fields of `Entry` changed and nothing else."""
     if not _FIELDS.issuperset(changes):
@@ -217,12 +224,12 @@ def renamed(raw: bytes, short: bytes, case: int) -> bytes:
 
 def long_slots(units: bytes, short: bytes) -> bytes:
     """The slots of a long name of 1 to 255 UTF-16 units, in their order in the directory."""
-    count = -(-len(units) // 26)
-    padded = units if len(units) == count * 26 else (units + b"\0\0").ljust(count * 26, b"\xff")
+    count = -(-len(units) // LONG_BYTES)
+    padded = units if len(units) == count * LONG_BYTES else (units + b"\0\0").ljust(count * LONG_BYTES, b"\xff")
     value = checksum(short)
     out = []
     for number in range(count, 0, -1):
-        part = padded[(number - 1) * 26 : number * 26]
+        part = padded[(number - 1) * LONG_BYTES : number * LONG_BYTES]
         first = number | 0x40 if number == count else number
         out.append(bytes((first,)) + part[:10] + bytes((LONG, 0, value)) + part[10:22] + b"\0\0" + part[22:])
     return b"".join(out)

@@ -86,13 +86,21 @@ def from_units(units: bytes) -> str:
 
 def from_short(short: bytes, case: int, codepage: str) -> str:
     """A short name as it may be shown; empty when there is no way."""
-    base, extension = short[:8], short[8:]
-    if base[0] == _STANDS_FOR_KANJI:
-        base = bytes((_KANJI,)) + base[1:]
+    base, extension = _unmasked(short[:8]), short[8:]
     name = _half(base, codepage, case & LOWER_BASE)
     if last := _half(extension, codepage, case & LOWER_EXTENSION):
         name = f"{name}.{last}"
     return _fit(name)
+
+
+def label(short: bytes, codepage: str) -> str:
+    """A volume's label; empty when the volume says that it has none."""
+    text = _unmasked(short).partition(b"\0")[0].decode(codepage, "replace").rstrip()
+    return "" if text == "NO NAME" else text
+
+
+def _unmasked(short: bytes) -> bytes:
+    return bytes((_KANJI,)) + short[1:] if short[0] == _STANDS_FOR_KANJI else short
 
 
 def _half(part: bytes, codepage: str, lower: int) -> str:
@@ -167,7 +175,7 @@ class Alias:
         self.case = 0
         self.needs_long = not (self.is_exact and base.has_one_case and last.has_one_case)
         if not self.needs_long:
-            self.case = (base.is_lower and LOWER_BASE) | (last.is_lower and LOWER_EXTENSION)
+            self.case = (LOWER_BASE if base.is_lower else 0) | (LOWER_EXTENSION if last.is_lower else 0)
 
     def prefix(self, length: int) -> bytes:
         """As much of the base as fits into so many bytes, in whole characters."""
