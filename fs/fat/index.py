@@ -8,8 +8,8 @@ A name of a bad image that nobody could ask for (none at all, '.', one that an e
 entry's short one, and where that does not help either the entry is skipped and counted.
 
 Memory: about 120 bytes for a short name and 210 for a long one, so 8 MB for a directory that is full of either. An
-entry that is short is found by its 11 bytes alone. What is free is one integer with a bit for each slot before the end mark, 8 KiB at most,
-so that finding room is a few shifts of it however large the directory.
+entry that is short is found by its 11 bytes alone. What is free is one integer with a bit for each slot before the end
+mark, 8 KiB at most, so that finding room is a few shifts of it however large the directory.
 """
 
 from __future__ import annotations
