@@ -350,7 +350,9 @@ class TakeOver(Message, tag="take_over"):
 
 
 class Stop(Message, tag="stop"):
-    """End in an orderly way; a SIGTERM means the same."""
+    """End in an orderly way; a SIGTERM means the same. `eject`: the device is about to be taken out."""
+
+    eject: bool = False
 
 
 ToHost = Start | TakeOver | Stop

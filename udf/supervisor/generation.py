@@ -43,6 +43,7 @@ class Generation:
         self.traceback: list[str] = []  # of the last mistake that it survived
         self._resident: int | None = None  # bytes, as last seen
         self.stopping = False  # it was told to end
+        self.ejects = False  # and is to be told that its device is taken out
         self._bell = bell
         self._on_fault = on_fault
         self._is_spare = False
@@ -147,7 +148,7 @@ class Generation:
     async def stop(self, grace: float) -> bool:
         """Have it end in an orderly way; whether it did so in time."""
         self.stopping = True
-        await self.process.send(messages.Stop())
+        await self.process.send(messages.Stop(eject=self.ejects))
         return await self._bell.within(grace, lambda: self.is_ended)
 
     async def end(self, grace: float) -> bool:

@@ -141,6 +141,11 @@ class Recovery:
         if tenancy.is_cut and not self.is_unplugged:
             await tenancy.ask()
 
+    def eject(self) -> None:
+        """An operator takes the device out: the driver is told so at its end."""
+        if self._serving is not None:
+            self._serving.ejects = True
+
     def unplug(self) -> None:
         """The device of what it depends on is gone."""
         self._unplugged = True
