@@ -51,6 +51,7 @@ class BlockEndpoint(Endpoint):
             exports=self._exports_changed,
         )
         self.files = None if plan.files is None else Mount(plan.files, events, reaper)
+        self.volumes: list[Mount] = []  # that are mounted from it
         self._files_scope = trio.CancelScope()
         self._files_done = self.files is None  # they can be used, or will not be
         self._files_over: trio.Event | None = None  # their supervision has ended
@@ -131,6 +132,8 @@ class BlockEndpoint(Endpoint):
 
     async def _follow_unplug(self) -> None:
         await self._bell.until(lambda: self.recovery.is_unplugged)
+        for volume in self.volumes:
+            volume.recovery.unplug()
         if self.files is not None:
             self.files.recovery.unplug()
 
@@ -178,6 +181,8 @@ class BlockEndpoint(Endpoint):
     async def unmount(self, reason: Reason, *, lazy: bool) -> None:
         """End files, shim and driver in order, flushed. BusyError when files are open."""
         async with self._unmounting:
+            for volume in [each for each in self.volumes if not each.is_gone]:
+                await volume.unmount(reason, lazy=lazy)
             if self.files is not None and self.files.was_started:
                 await self.files.unmount(reason, lazy=lazy)
             shim = self._front

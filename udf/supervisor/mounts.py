@@ -46,6 +46,7 @@ class Mount(Endpoint):
             detached=self._note_detached,
         )
         self.trace = TraceFeed(self._front.trace)
+        self.below: Endpoint | None = None  # the block devices that it is a volume of
         self._unmounting = trio.Lock()
         self._has_ghost = False
 

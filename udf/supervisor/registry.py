@@ -17,6 +17,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 import trio
@@ -25,6 +26,7 @@ from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
 from udf.supervisor import attach, catalog, options, paths, rights, sockets, spawn
 from udf.supervisor.attach import DevicePlan
+from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.catalog import Driver
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import EventLog, Reason
@@ -110,17 +112,28 @@ class Registry:
 
     # ---- mounting
 
-    async def mount(self, request: MountRequest, caller: Identity) -> Mount:
-        """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind."""
+    async def mount(
+        self, request: MountRequest, caller: Identity, *, on: BlockEndpoint | None = None, export: str = ""
+    ) -> Mount:
+        """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind.
+
+        With `on` it is a volume: its source is that export.
+        """
         if self._closing:
             raise UserError("the supervisor is ending: start it again first")
         self.check_limit(caller)
+        if on is not None:
+            source = f"nbd+unix:///{quote(export)}?socket={quote(str(on.plan.socket))}"
+            request = msgspec.structs.replace(request, source=source)
         plan = await self.plan(request, caller)
         # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
         plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
         self._reserve(plan)
         mount = Mount(plan, self.events, self._reaper)
+        mount.below = on
         await self._start(mount)
+        if on is not None:
+            on.volumes.append(mount)
         return mount
 
     def check_limit(self, caller: Identity) -> None:
