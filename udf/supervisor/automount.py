@@ -11,13 +11,11 @@ for each of them, as long as it is there: look, wait until a driver and the rule
 
 from __future__ import annotations
 
-import grp
+import enum
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import trio
 
@@ -42,11 +40,9 @@ from udf.supervisor.volumes import Volumes, export_of
 from udf.usb.matching import volume_rule
 
 LOOK = 10.0  # for events that were lost
-RETRIES = (1.0, 4.0, 16.0)  # seconds after a look or a mount that failed
-MEDIA = "media"
-GROUP = "udf"  # whose members use what root's daemon mounts, where there is such a group
+RETRIES = (1.0, 4.0, 16.0)  # seconds after a look that failed, or a mount that was lost
 _UP = (State.ACTIVE, State.RECOVERING, State.DETACHED, State.FAILED)
-_WANTED_ENDS = (Reason.OPERATOR, Reason.EXTERNAL, Reason.SHUTDOWN, Reason.UNPLUGGED)
+_LOST = (Reason.CRASHED, Reason.HUNG, Reason.CONTRACT)  # nobody wanted that
 
 log = logging.getLogger("udf.automount")
 
@@ -75,6 +71,14 @@ class Slot:
         return f"{label} ({content.filesystem} on {self.place})" if label else f"{self.place} ({content.filesystem})"
 
 
+class Outcome(enum.Enum):
+    """How a mount came to its end."""
+
+    FAILED = enum.auto()  # it was none
+    LOST = enum.auto()  # its shim was
+    ENDED = enum.auto()  # by its device or somebody's word
+
+
 @dataclass(frozen=True)
 class Wish:
     """How a volume is to be mounted."""
@@ -84,12 +88,10 @@ class Wish:
 
 
 class Automount:
-    """Mounts the volumes of devices below a directory: `home`/media, unless another one is given."""
+    """Mounts the volumes of devices below a directory, which stays its maker's."""
 
-    def __init__(
-        self, home: Path, directory: str | None, registry: Registry, devices: Devices, volumes: Volumes
-    ) -> None:
-        self._media = MediaDirectory(Path(directory) if directory else home / MEDIA, is_ours=not directory)
+    def __init__(self, media: MediaDirectory, registry: Registry, devices: Devices, volumes: Volumes) -> None:
+        self._media = media
         self._registry = registry
         self._devices = devices
         self._volumes = volumes
@@ -97,19 +99,20 @@ class Automount:
         self._bell = Bell()
         self._poked = trio.Event()
         self._closing = False
-        self._group: int | None = None
+        self._passes = 0
         volumes.automount = self
+        devices.listeners.append(self.poke)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled; `started` when the directory is there."""
-        self._group = await catalog.in_thread(_group, f"the group {GROUP}")
-        await self._media.open(self._group)
+        """Serve until cancelled; `started` when nothing of an earlier daemon is left."""
+        await self._media.clean()
         async with trio.open_nursery() as nursery:
             with self._registry.events.subscribed(self._on_event):
                 task_status.started()
                 while True:
                     self._poked = trio.Event()
                     self._pass(nursery)
+                    self._passes += 1
                     self._bell.ring()
                     with trio.move_on_after(LOOK):
                         await self._poked.wait()
@@ -117,11 +120,11 @@ class Automount:
     def stop(self) -> None:
         """Begin nothing any more."""
         self._closing = True
+        self.poke()
 
     async def close(self) -> None:
-        """After the end of all mounts: take away what we made."""
+        """After the end of all mounts: wait until their directories are gone too."""
         await self._bell.within(LOOK, lambda: all(slot.mount is None for slot in self._slots))
-        await self._media.close()
 
     def poke(self) -> None:
         """Something may have changed."""
@@ -168,23 +171,36 @@ class Automount:
         await self._look(slot)
         if not slot.content.filesystem:
             return
-        failures = 0
-        while not self._closing:
-            wish = self._wish(slot)
-            if wish is None:
-                slot.is_busy = False
-                self._bell.ring()
-                await self._bell.until(lambda: self._closing or self._wish(slot) is not None)
-                slot.is_busy = True
-                continue
+        tried: Wish | None = None  # in vain: the same again would fail as well
+        losses = 0
+        while (wish := await self._other_wish(slot, tried)) is not None:
             if self._is_used(slot):
                 return  # somebody was quicker, and it is theirs
-            if await self._mount(slot, wish):
+            outcome = await self._mount(slot, wish)
+            if outcome is Outcome.ENDED or losses >= len(RETRIES):
                 return
-            if failures >= len(RETRIES):
-                return
-            await trio.sleep(RETRIES[failures])
-            failures += 1
+            tried = wish if outcome is Outcome.FAILED else None
+            if outcome is Outcome.LOST:
+                await trio.sleep(RETRIES[losses])
+                losses += 1
+
+    async def _other_wish(self, slot: Slot, tried: Wish | None) -> Wish | None:
+        """How it is to be mounted, when drivers and rules allow that in another way than was tried; None: the end."""
+        while not self._closing:
+            wish = self._wish(slot)
+            if wish is not None and wish != tried:
+                slot.is_busy = True
+                return wish
+            if slot.is_busy:
+                slot.is_busy = False
+                self._bell.ring()
+            await self._news()
+        return None
+
+    async def _news(self) -> None:
+        """The next pass: a driver or a rule may be another one."""
+        seen = self._passes
+        await self._bell.until(lambda: self._passes > seen)
 
     async def _look(self, slot: Slot) -> None:
         for pause in (*RETRIES, None):
@@ -216,8 +232,8 @@ class Automount:
         if os.geteuid() != 0:
             return {}
         options = {"allow_other": ""}
-        if self._group is not None and {"gid", "umask"} <= driver.options.keys():
-            options |= {"gid": str(self._group), "umask": "002"}
+        if self._media.group is not None and {"gid", "umask"} <= driver.options.keys():
+            options |= {"gid": str(self._media.group), "umask": "002"}
         return options
 
     def _is_used(self, slot: Slot) -> bool:
@@ -229,15 +245,15 @@ class Automount:
                 return True
         return False
 
-    async def _mount(self, slot: Slot, wish: Wish) -> bool:
-        """Mount it and wait for the end of that; whether that was anybody's wish."""
+    async def _mount(self, slot: Slot, wish: Wish) -> Outcome:
+        """Mount it, wait for the end of that, and leave nothing behind."""
         content = slot.content
         name = naming.volume(content.filesystem, content.label, content.uuid)
         try:
             path = await self._media.make(name)
         except UserError as exc:
             self._tell(slot, "failed", f"{slot} is not mounted: {exc}")
-            return False
+            return Outcome.FAILED
         try:
             request = MountRequest(mountpoint=str(path), driver=wish.driver.name, options=dict(wish.options))
             driver = catalog.from_manifest(wish.driver)
@@ -245,18 +261,18 @@ class Automount:
                 mount = await self._volumes.mount_on(slot.disk, slot.export, driver, request, Identity.own())
             except BusyError as exc:
                 log.info("%s: %s", slot.place, exc)
-                return True
+                return Outcome.ENDED
             except UserError as exc:
                 if slot.disk.instance.state is State.ACTIVE:
                     use = f"; it can be used as {slot.disk.plan.where}/{slot.export.name}"
                     self._tell(slot, "failed", f"{slot} could not be mounted: {exc}{use}")
-                return False
+                return Outcome.FAILED
             slot.mount, slot.is_busy = mount, False
             self._tell(slot, "mounted", f"{slot} is mounted on {path}")
             with trio.CancelScope(shield=True):  # it lives as long as it lives, and its directory is ours
                 await mount.ended.wait()
             self._tell(slot, str(mount.instance.reason), f"{slot} is not mounted any more: {mount.instance.text}")
-            return mount.instance.reason in _WANTED_ENDS
+            return Outcome.LOST if mount.instance.reason in _LOST else Outcome.ENDED
         finally:
             slot.mount, slot.is_busy = None, True
             with trio.CancelScope(shield=True):
@@ -300,9 +316,3 @@ def _as_given(options: Mapping[str, str]) -> dict[str, str]:
         else:
             given[name] = value
     return given
-
-
-def _group() -> int | None:
-    with suppress(KeyError):
-        return grp.getgrnam(GROUP).gr_gid if os.geteuid() == 0 else None
-    return None

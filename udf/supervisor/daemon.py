@@ -20,6 +20,7 @@ import trio
 
 from udf.supervisor import logs, paths, sockets
 from udf.supervisor.instance import Event
+from udf.supervisor.mediadir import MediaDirectory
 from udf.supervisor.notify import Notifier
 from udf.supervisor.places import Places
 from udf.supervisor.registry import Registry
@@ -55,7 +56,12 @@ def main(
         home = sockets.home_of(path)
         lock = sockets.lock_home(home)
         try:
-            trio.run(_run, control, DaemonOptions(home, usbip, rules, automount))
+            media = None if automount is None else MediaDirectory.take(home, automount)
+            try:
+                trio.run(_run, control, DaemonOptions(home, usbip, rules, media))
+            finally:
+                if media is not None:
+                    media.leave()
         finally:
             lock.release()
     finally:

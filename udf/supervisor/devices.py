@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Devices:
         self.root = runtime / "dev"
         self.by_id = self.root / BY_ID
         self._buses: list[Bus] = [UsbipBus(address, f"usbip:{address}") for address in map(Address.parse, usbip)]
+        self.listeners: list[Callable[[], None]] = []  # called when a bus, a driver's file or a rule has changed
         self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival: a driver may configure it differently
         self._leases = Leases(nursery)
         self._nursery = nursery
@@ -90,6 +91,8 @@ class Devices:
 
     def _changed(self) -> None:
         self.binder.poke()
+        for listener in self.listeners:
+            listener()
 
     async def _run_bus(self, bus: Bus, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:

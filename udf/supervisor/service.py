@@ -21,6 +21,7 @@ from udf.supervisor.automount import Automount
 from udf.supervisor.control import Control
 from udf.supervisor.devices import Devices
 from udf.supervisor.instance import Event, EventLog, State
+from udf.supervisor.mediadir import MediaDirectory
 from udf.supervisor.registry import Registry
 from udf.supervisor.volumes import Volumes
 
@@ -37,7 +38,7 @@ class DaemonOptions:
     home: Path
     usbip: Sequence[str] = ()
     rules: str | None = None
-    automount: str | None = None  # where volumes are mounted by themselves (empty: in R/media); None: nowhere
+    media: MediaDirectory | None = None  # where volumes are mounted by themselves
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ async def running(
                 devices = Devices(daemon.home, registry, nursery, reaper, usbip=daemon.usbip, rules=daemon.rules)
             volumes = Volumes(registry, devices)
             automount = None
-            if daemon is not None and devices is not None and daemon.automount is not None:
-                automount = Automount(daemon.home, daemon.automount, registry, devices, volumes)
+            if daemon is not None and devices is not None and daemon.media is not None:
+                automount = Automount(daemon.media, registry, devices, volumes)
             frame = Frame(registry, devices, automount, nursery, trio.Event(), trio.Event())
             await nursery.start(_signals, frame, frozenset(ending))
             nursery.start_soon(_zygote, registry.events, reaper, private)
