@@ -57,6 +57,7 @@ class Mount(Message, tag="mount"):
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
     inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
+    outlive: bool = False  # once unmounted, keep the link until the driver has ended
 
 
 class Serve(Message, tag="serve"):
@@ -77,9 +78,16 @@ class Serve(Message, tag="serve"):
 
 
 class Detach(Message, tag="detach"):
-    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow."""
+    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow.
+
+    To a mount's shim: with `wait` a request is parked instead, and fails with ENODEV when it has waited so many
+    seconds. What is cached is answered for `max_stale` seconds since the driver was lost, then nothing is. Another
+    `detach` changes both.
+    """
 
     text: str = ""
+    wait: float = 0.0
+    max_stale: float = 0.0
 
 
 class Attach(Message, tag="attach"):
@@ -350,8 +358,13 @@ class TakeOver(Message, tag="take_over"):
 
 
 class Stop(Message, tag="stop"):
-    """End in an orderly way; a SIGTERM means the same. `eject`: the device is about to be taken out."""
+    """End in an orderly way; a SIGTERM means the same.
 
+    `linked`: a foreign program still has its link, though nothing will come over it; the end of that would do too.
+    `eject`: the device is about to be taken out.
+    """
+
+    linked: bool = False
     eject: bool = False
 
 

@@ -128,7 +128,7 @@ def test_rules_leave_volumes_alone_and_give_options(lab: Lab) -> None:
         (lab.media / "ROM/file").write_text("x")
     assert (lab.media / "OTHER/file").stat().st_mode & 0o777 == 0o600
     lab.rules.write_text("")
-    lab.until(lambda: (lab.media / "PRIVATE").is_dir())
+    lab.until((lab.media / "PRIVATE").is_dir)
     assert lab.events()[-1][0] == "mounted"
 
 

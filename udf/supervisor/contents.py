@@ -8,7 +8,6 @@ Called by: volumes.py, automount.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import quote
 
 import trio
 
@@ -36,11 +35,6 @@ class Content:
 NOTHING = Content()
 
 
-def uri_of(endpoint: BlockEndpoint, export: str) -> str:
-    """Where an export is served."""
-    return f"nbd+unix:///{quote(export)}?socket={quote(str(endpoint.plan.socket))}"
-
-
 async def look(endpoint: BlockEndpoint, export: str) -> Content:
     """What is in an export now. UserError if that cannot be read."""
     try:
@@ -48,7 +42,7 @@ async def look(endpoint: BlockEndpoint, export: str) -> Content:
     except LookupError:
         limiter = trio.CapacityLimiter(_THREADS)
         _threads.set(limiter)
-    uri, name = uri_of(endpoint, export), f"{endpoint.plan.name}/{export}"
+    uri, name = endpoint.uri(export), f"{endpoint.plan.name}/{export}"
     return await catalog.in_thread(lambda: trio.run(_look, uri, name), name, limiter)
 
 

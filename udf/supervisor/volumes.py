@@ -20,7 +20,6 @@ import msgspec
 import trio
 
 from udf import messages
-from udf.block.uri import parse
 from udf.errors import UserError
 from udf.supervisor import catalog, images, paths, rights
 from udf.supervisor.blocks import BlockEndpoint
@@ -294,11 +293,8 @@ def check_use(caller: Identity, disk: Endpoint) -> None:
 
 
 def export_of(mount: Mount) -> str:
-    """The export that a mount is of; empty if it is of none."""
-    source = mount.plan.source or ""
-    if source.startswith(_SERVICES):
-        return parse(source).export
-    return source.rpartition("/")[2]
+    """The export that a mount is of, as a volume or by its file in R/dev."""
+    return mount.export.name if mount.export is not None else (mount.plan.source or "").rpartition("/")[2]
 
 
 def _overlap(one: messages.Export, other: messages.Export) -> bool:
