@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
@@ -30,7 +30,9 @@ from .damage import Damaged
 from .entries import END, FREE, MAX_SLOTS, PER_SECTOR, SECTOR, SLOT, VOLUME, Entry, Found, Reader, Settings
 from .index import Index, is_listed, place, run
 
-Entries = list[Entry]  # within the class, `list` is its method
+# Within the class, `list` is its method.
+Entries = list[Entry]
+Batch = list[Found]
 
 _FIRST = 4 * 1024
 _PIECE = 64 * 1024  # read at once
@@ -94,10 +96,11 @@ class Directory:
                     await self._read_index(listed)
                     return listed
                 index = self._index
-        out = []
-        async for found in self._walk(Reader()):
-            if name := index.name_of(found):
-                out.append(entries.entry(found, name, self._settings))
+        out, reader = [], Reader()
+        while (batch := await self._more(reader)) is not None:
+            for found in batch:
+                if name := index.name_of(found):
+                    out.append(entries.entry(found, name, self._settings))
         return out
 
     async def find(self, name: str) -> Entry | None:
@@ -128,16 +131,19 @@ class Directory:
         """Whether it may be removed: nothing is in it, not even what no name leads to."""
         if self._index is not None:
             return not self._index.count
-        async for found in self._walk(Reader()):
-            if is_listed(found):
+        reader = Reader()
+        while (batch := await self._more(reader)) is not None:
+            if any(map(is_listed, batch)):
                 return False
         return True
 
     async def label(self) -> str:
         """The volume's label, if this is the root directory and has one."""
-        async for found in self._walk(Reader()):
-            if found.raw[11] & VOLUME and not found.raw[11] & entries.DIRECTORY:
-                return names.label(found.raw[:11], self._settings.codepage)
+        reader = Reader()
+        while (batch := await self._more(reader)) is not None:
+            for found in batch:
+                if found.raw[11] & VOLUME and not found.raw[11] & entries.DIRECTORY:
+                    return names.label(found.raw[:11], self._settings.codepage)
         return ""
 
     # Changes
@@ -185,7 +191,7 @@ class Directory:
         async with self._changing() as index:
             found = await self._same(index, entry)
             await self._erase(found)
-            index.drop(found)
+            self._drop(index, found)
 
     async def rename(self, entry: Entry, new_name: str) -> Entry:
         """Give it another name in this directory. FileExistsError when another entry has that, long or short."""
@@ -210,7 +216,7 @@ class Directory:
             else:
                 new = Found(raw, units, slot, slots)
                 await self._move(index, found, new)
-            index.drop(found)
+            self._drop(index, found)
             return self._put(index, new)
 
     async def clear_orphans(self) -> int:
@@ -239,17 +245,16 @@ class Directory:
     def _capacity(self) -> int:
         return min(self._stream.size // SLOT, MAX_SLOTS)
 
-    async def _walk(self, reader: Reader) -> AsyncGenerator[Found, None]:
-        """Everything in the directory, up to its end mark."""
-        offset, end = 0, self._capacity() * SLOT
-        while offset < end and not reader.ended:
-            # A little first: most directories are small, and their clusters need not be.
-            piece = await self._stream.read(offset, min(max(_FIRST, offset), _PIECE, end - offset))
-            if not piece:
-                raise Damaged(f"the directory ends after {offset} bytes, where {end} should be")
-            offset += len(piece)
-            for found in reader.feed(piece):
-                yield found
+    async def _more(self, reader: Reader) -> Batch | None:
+        """What the next piece of the directory has; None behind the end mark."""
+        offset, end = reader.slot * SLOT, self._capacity() * SLOT
+        if reader.ended or offset >= end:
+            return None
+        # A little first: most directories are small, and their clusters need not be.
+        piece = await self._stream.read(offset, min(max(_FIRST, offset), _PIECE, end - offset))
+        if len(piece) < SLOT:
+            raise Damaged(f"the directory ends after {offset} bytes, where {end} should be")
+        return [*reader.feed(piece)]
 
     async def _indexed(self) -> Index:
         if self._index is None:
@@ -261,10 +266,11 @@ class Directory:
     async def _read_index(self, listed: Entries | None) -> Index:
         index = Index(self._settings)
         reader = Reader()
-        async for found in self._walk(reader):
-            name = index.add(found)
-            if name and listed is not None:
-                listed.append(entries.entry(found, name, self._settings))
+        while (batch := await self._more(reader)) is not None:
+            for found in batch:
+                name = index.add(found)
+                if name and listed is not None:
+                    listed.append(entries.entry(found, name, self._settings))
         index.pass_by(reader.slot)
         self._index = index
         return index
@@ -299,6 +305,11 @@ class Directory:
             except BaseException:
                 self._index = None
                 raise
+
+    def _drop(self, index: Index, found: Found) -> None:
+        index.drop(found)
+        if index.is_doubtful:  # another entry may have been waiting for the name
+            self._index = None
 
     def _put(self, index: Index, found: Found) -> Entry:
         return entries.entry(found, index.add(found), self._settings)

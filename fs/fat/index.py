@@ -53,6 +53,7 @@ class Index:
         self.end = 0  # slots from here on are free too, and can only be taken in order
         self.count = 0  # of entries that are listed
         self.skipped = 0  # that no name leads to
+        self.is_doubtful = False  # some entry does not have the name that it should have
 
     # Reading
 
@@ -68,10 +69,13 @@ class Index:
         if found.units:
             name = names.from_units(found.units)
             if name and self._long.setdefault(names.key(name), at) == at:
+                self.is_doubtful = self.is_doubtful or not is_first
                 return name
+            self.is_doubtful = True
         name = names.from_short(short, found.raw[12], self._codepage)
         if name and (is_first if names.is_plain(short) else self._long.setdefault(names.key(name), at) == at):
             return name
+        self.is_doubtful = True
         self.skipped += 1
         return ""
 
@@ -136,15 +140,17 @@ class Index:
 
     def take(self, slot: int, slots: int) -> None:
         """These slots are in use; what is between them and the end was deleted."""
-        end = slot + slots
-        if end > self.end:
-            self.pass_by(end)
-        self.free &= ~((1 << slots) - 1 << slot)
+        if slot >= self.end:  # in order: most are, and this costs nothing
+            self.pass_by(slot)
+        else:
+            self.free &= ~((1 << slots) - 1 << slot)
+        self.end = max(self.end, slot + slots)
 
     def pass_by(self, end: int) -> None:
         """The end mark is here now, and what is before it is free where nobody has it."""
-        self.free |= (1 << end) - (1 << self.end)
-        self.end = end
+        if end > self.end:
+            self.free |= (1 << end) - (1 << self.end)
+            self.end = end
 
     def hole(self, slots: int, *, in_one_sector: bool) -> int | None:
         """The first run of free slots before the end mark."""

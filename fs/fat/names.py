@@ -15,6 +15,8 @@ import errno
 import functools
 from collections.abc import Callable
 
+from udf import UserError
+
 MAX_UNITS = 255
 LOWER_BASE, LOWER_EXTENSION = 0x08, 0x10
 
@@ -27,6 +29,20 @@ _STANDS_FOR_KANJI = 0x05
 
 # Short names made of these need no look at the code page, and no entry of their own among the names.
 _PLAIN = bytes(sorted(set(range(0x20, 0x7F)) - set(range(0x61, 0x7B)) - set(b"./")))
+
+
+def codec(codepage: int) -> str:
+    """The Python codec of a code page. UserError when it is none that short names can be in."""
+    name = f"cp{codepage}"
+    try:
+        if (
+            bytes(range(32, 127)).decode(name) == "".join(map(chr, range(32, 127)))
+            and len("\u00e9\u3042".encode(name, "replace")) < 5
+        ):
+            return name
+    except (LookupError, UnicodeError):
+        pass
+    raise UserError(f"there is no code page {codepage} for short names; 437, 850, 852, 866 and 932 are common ones")
 
 
 def from_kernel(name: bytes) -> str:
@@ -86,6 +102,9 @@ def from_units(units: bytes) -> str:
 
 def from_short(short: bytes, case: int, codepage: str) -> str:
     """A short name as it may be shown; empty when there is no way."""
+    if case & (LOWER_BASE | LOWER_EXTENSION) == 0 and is_plain(short):
+        name = short[:8].decode("ascii").rstrip(" ")
+        return f"{name}.{last}" if (last := short[8:].decode("ascii").rstrip(" ")) else name
     base, extension = _unmasked(short[:8]), short[8:]
     name = _half(base, codepage, case & LOWER_BASE)
     if last := _half(extension, codepage, case & LOWER_EXTENSION):
