@@ -75,6 +75,7 @@ class Fat(pyfuse3.Operations):
         self,
         source: str,
         *,
+        ro: bool = False,
         uid: int = -1,
         gid: int = -1,
         umask: str = "022",
@@ -88,6 +89,8 @@ class Fat(pyfuse3.Operations):
         """Open the volume now, unless trio runs already: then `start` does."""
         super().__init__()
         self._source = source if "://" in source else f"nbd+unix:///?socket={quote(source)}"
+        if ro:
+            self.read_only = True
         self._uid = os.getuid() if uid < 0 else uid
         self._gid = os.getgid() if gid < 0 else gid
         mask = _octal("umask", umask)
