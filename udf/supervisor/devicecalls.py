@@ -98,9 +98,11 @@ class DeviceCalls:
         return None
 
     async def _plugged(self, row: Row) -> Row:
-        """The same when its volumes are mounted, if they are by themselves."""
+        """The same when its volumes are mounted, if they are by themselves, and those that waited for it are back."""
+        names = [each["name"] for each in row["instances"]]
         if self._volumes.automount is not None:
-            await self._volumes.automount.settled([each["name"] for each in row["instances"]], MOUNTING_WAIT)
+            await self._volumes.automount.settled(names, MOUNTING_WAIT)
+        await self._volumes.returned(names, MOUNTING_WAIT)
         return self._with(row)
 
     def _with(self, row: Row) -> Row:

@@ -22,6 +22,7 @@ import trio
 from udf import messages
 from udf.errors import UserError
 from udf.supervisor import catalog, images, paths, rights
+from udf.supervisor.bell import Bell
 from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.catalog import Driver
 from udf.supervisor.contents import Content
@@ -183,6 +184,17 @@ class Volumes:
             and not each.is_gone
             and (each.below is disk or (each.plan.source or "").startswith(inside))
         ]
+
+    async def returned(self, names: list[str], seconds: float) -> None:
+        """Wait until no volume of these devices waits for its device any more, but so long at most."""
+        bell = Bell()
+
+        def is_back() -> bool:
+            disks = [each for each in self.sources.disks(Identity.own()) if each.plan.name in names]
+            return all(mount.instance.state is not State.DETACHED for disk in disks for mount in self.users(disk))
+
+        with self._registry.events.subscribed(lambda _: bell.ring()):
+            await bell.within(seconds, is_back)
 
     # ---- unmounting
 
