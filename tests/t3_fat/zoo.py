@@ -205,7 +205,7 @@ def volume_label_in_the_middle(image: Image) -> Expected:
 def first_byte_5_stands_for_e5(image: Image) -> Expected:
     _file(image, b"\x05IGMA   TXT", b"sigma")
     image.add(0, b"\xe5ELETED TXT" + short_entry(b"XXXXXXXXXXX")[11:])
-    return {"σIGMA.TXT": b"sigma"}
+    return {"\N{GREEK SMALL LETTER SIGMA}IGMA.TXT": b"sigma"}
 
 
 @oddity
@@ -463,7 +463,8 @@ COMPLAINED_OF = {
     "volume_label_in_the_middle", "directory_entry_with_a_size", "times_that_are_none", "attributes_of_devices",
     "information_that_lies", "information_that_is_unknown", "no_information_sector", "only_the_second_table_counts",
     "parent_of_a_first_level_directory_is_the_root_by_number", "directory_without_its_dots",
-    "something_behind_the_end_of_a_directory", "reserved_bits_of_fat32_entries", "root_of_fat32_elsewhere_and_in_pieces",
+    "something_behind_the_end_of_a_directory", "reserved_bits_of_fat32_entries",
+    "root_of_fat32_elsewhere_and_in_pieces",
 }  # fmt: skip
 
 __all__ = ["END", "GEOMETRIES", "LONG", "NAMES", "ODDITIES", "Expected", "Geometry", "packed", "stamp", "tree"]
