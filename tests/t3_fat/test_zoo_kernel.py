@@ -1,8 +1,8 @@
 """Volumes that the kernel's own vfat wrote are read by fs/fat as the kernel read them.
 
-The images in kernel/ were written by Linux 6.1 (options utf8, tz=UTC, codepage=437, shortname=mixed) in a virtual
-machine: a tree like that of the zoo was copied there, then files were removed, renamed, appended to with fsyncs, cut and
-made read-only, and a directory was emptied. seen.json is what the same kernel then listed: size, time of modification,
+The images in kernel/ were written by Linux 6.1 (options utf8, tz=UTC, codepage=437, shortname=mixed) in a VM: a tree
+like that of the zoo was copied there, then files were removed, renamed, appended to with fsyncs, cut and made
+read-only, and a directory was emptied. seen.json is what the same kernel then listed: size, time of modification,
 bits of write permission and the beginning of the SHA-256 of each file, null for a directory.
 """
 
