@@ -57,6 +57,7 @@ class Mount(Message, tag="mount"):
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
     inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
+    outlive: bool = False  # once unmounted, keep the link until the driver has ended
 
 
 class Serve(Message, tag="serve"):
@@ -342,6 +343,7 @@ class Start(Message, tag="start"):
     heartbeat: float = 1.0
     spare: bool = False
     store: bool = False  # the driver has a state store (durability = "store")
+    read_only: bool = False  # nothing will be changed through the mount: a driver that wants to know has `read_only`
     device: DeviceSpec | None = None
 
 
@@ -350,7 +352,12 @@ class TakeOver(Message, tag="take_over"):
 
 
 class Stop(Message, tag="stop"):
-    """End in an orderly way; a SIGTERM means the same."""
+    """End in an orderly way; a SIGTERM means the same.
+
+    `linked`: a foreign program still has its link, though nothing will come over it; the end of that would do too.
+    """
+
+    linked: bool = False
 
 
 ToHost = Start | TakeOver | Stop

@@ -76,6 +76,7 @@ class DriverPlan:
             heartbeat=HEARTBEAT,
             spare=spare,
             store=self.durability == "store",
+            read_only=self.options.read_only,
             device=None if self.lease is None else self.lease.spec,
         )
 
@@ -127,6 +128,7 @@ class MountPlan(DriverPlan):
             stable_nodes=self.stable_nodes,
             inodes=self.inodes,
             patience=chosen.patience,
+            outlive=self.driver.command is not None,
         )
 
 
