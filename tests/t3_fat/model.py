@@ -171,7 +171,7 @@ class World:
 # ---- random operations
 
 STEMS = [
-    "a", "b", "file", "FILE", "Mixed", "longer name with spaces", "Longer Name With Other Letters", "LONGER~1",
+    "a", "b", "file", "FILE", "Mixed", "longer name with spaces", "Longer Name With Other Letters", "LONGER",
     "x" * 60, "ünïcödé", "日本語の名前", "dot.dot.dot", ".hidden", "12345678", "123456789", "ab+cd", "[x]", "q" * 200,
 ]  # fmt: skip
 SUFFIXES = ["", "", ".txt", ".TXT", ".Txt", ".longer", ".c"]

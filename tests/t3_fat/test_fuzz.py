@@ -1,6 +1,6 @@
 """fs/fat on damaged images: errors of the right kind, in bounded time and memory, and never a write where none belongs.
 
-FAT_FUZZ_CASES is the number of damaged images for each kind of volume (90), FAT_FUZZ_SEED the first seed. A failure
+FAT_FUZZ_CASES is the number of damaged images for each kind of volume (39), FAT_FUZZ_SEED the first seed. A failure
 names the seed and the damage; FAT_FUZZ_SEED=N FAT_FUZZ_CASES=1 repeats it.
 """
 
@@ -23,7 +23,7 @@ from tests.t3_fat.rawfat import Image
 from tests.t3_fat.zoo import KIB, Geometry
 from udf import UserError
 
-CASES = int(os.environ.get("FAT_FUZZ_CASES", "90"))
+CASES = int(os.environ.get("FAT_FUZZ_CASES", "39"))
 SEED = int(os.environ.get("FAT_FUZZ_SEED", "1"))
 KINDS = [Geometry(12, 512, clusters=300), Geometry(16, 1024), Geometry(32, 512, clusters=300, few=True)]
 BEHIND = 64 * KIB  # of the device, behind the volume
