@@ -336,7 +336,8 @@ class Volume:
         if not self._untidy or not self.dirty or self.read_only or self.device.gone:
             return
         async with self.turn:
-            self._untidy = False
+            if not self._untidy or not self.dirty:
+                return  # somebody else did it while we waited
             await self.flush()
             change = self.change()
             try:
@@ -351,6 +352,7 @@ class Volume:
                 change.undo()
                 raise
             await change.commit(is_tidying=True)
+            self._untidy = False  # not before: who is cancelled or fails on the way leaves it to the next one
             self.dirty = change.dirty_after
             await self.flush()
             self.intents.settled()
