@@ -38,6 +38,7 @@ from .stream import ChainStream, RootStream
 from .volume import Volume
 
 _YEAR = 365 * 86400  # nothing but this mount changes the volume
+_ONCE = 1e-6  # the shim takes this for "do not keep it", even on a mount that nobody else changes
 _BLKSIZE = 128 * 1024  # what programs take as their buffer: one message for each
 _NAME_MAX = 255
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -49,7 +50,7 @@ _COUNTING = 1.0  # seconds that statfs waits until it is counted what is free
 
 _NO_ENTRY = EntryAttributes()
 _NO_ENTRY.st_ino = 0
-_NO_ENTRY.entry_timeout = 0
+_NO_ENTRY.entry_timeout = _ONCE
 
 
 class Handle:
@@ -298,7 +299,7 @@ class Fat(pyfuse3.Operations):
         with self._nodes.held(node):
             found = await self._attributes(node)
             if node.entry is not None and names.to_kernel(node.entry.name) != name:
-                found.entry_timeout = 0
+                found.entry_timeout = _ONCE
             node.lookups += 1
         return found
 
