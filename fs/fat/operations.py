@@ -273,7 +273,7 @@ class Fat(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         try:
             await self._node(pyfuse3.ROOT_INODE)
-            free = await self.volume.count_free(_COUNTING)
+            free = await self.volume.count_free(_COUNTING) + self._contents.reserve.surplus()
         except OSError as exc:
             raise self._refusal(exc) from None
         found = StatvfsData()
