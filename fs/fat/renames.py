@@ -13,7 +13,7 @@ import errno
 import time
 from contextlib import AsyncExitStack
 
-from . import dots
+from . import dots, names
 from .contents import Contents
 from .directory import Directory
 from .entries import Entry
@@ -32,6 +32,7 @@ class Rename:
         self._contents = contents
         self._parent, self._new_parent = parents
         self._held: list[Node] = []
+        self.stale: list[tuple[Node, bytes]] = []  # names by which the kernel knows something else than is there now
         self._moves: list[tuple[Node, Node, Entry]] = []  # what to note when all is done
         self._removed: Node | None = None
         self._reserve = contents.reserve
@@ -62,10 +63,14 @@ class Rename:
                 self._nodes.release(node)
 
     async def _run(self, name: str, new_name: str, flags: int) -> None:
+        self._new_name = new_name
         source, target = await self._old.find(name), await self._new.find(new_name)
         if source is None:
             raise FileNotFoundError(errno.ENOENT, "no such name")
         node = self._hold(self._parent, source)
+        self._spelled(self._parent, source, name)
+        if target is not None:
+            self._spelled(self._new_parent, target, new_name)
         if target is not None and flags & NOREPLACE:
             raise FileExistsError(errno.EEXIST, "the name exists")
         if node.is_directory and self._new_parent.is_at_or_below(node):
@@ -86,6 +91,11 @@ class Rename:
         else:
             await self._replace(node, source, other, target)
 
+    def _spelled(self, parent: Node, entry: Entry, name: str) -> None:
+        """The kernel renames what it calls *name*; it may know it by the entry's own spelling too."""
+        if entry.name != name:
+            self.stale += [(parent, names.to_kernel(entry.name)), (parent, names.to_kernel(name))]
+
     def _hold(self, parent: Node, entry: Entry) -> Node:
         node = self._nodes.of(parent, entry)
         node.opens += 1
@@ -96,6 +106,8 @@ class Rename:
         """This entry is the node's when all is done."""
         self._reserve.moved(self._change, node, parent, entry.slot + entry.slots - 1)
         self._moves.append((node, parent, entry))
+        if parent is self._new_parent:
+            self._spelled(parent, entry, self._new_name)
 
     async def _careful(self, source: Entry, new_name: str) -> Entry:
         """Rename within the directory."""
