@@ -126,8 +126,9 @@ class Devices:
         return found
 
     def rows(self) -> list[Row]:
-        """Every device as the interface describes it."""
-        return [self._row(known) for _, known in sorted(self.binder.known.items())]
+        """Every device as the interface describes it, and those that are away and waited for."""
+        away = [each for each in self.binder.tenants if each.is_absent and each.binding.key not in self.binder.known]
+        return [self._row(known) for _, known in sorted(self.binder.known.items())] + [*map(self._away, away)]
 
     def find(self, text: str) -> Known:
         """The device that is meant: by a driver's instance, its name, port, key, VENDOR:PRODUCT or serial number."""
@@ -175,14 +176,20 @@ class Devices:
         return self._row(known)
 
     def _row(self, known: Known) -> Row:
-        facts = known.facts
-        tenants = self.binder.tenants_of(facts.key)
+        tenants = self.binder.tenants_of(known.facts.key)
         word, text = self._state(known, tenants)
+        return self._describe(known.facts, known.name, word, text, tenants)
+
+    def _away(self, tenant: Tenant) -> Row:
+        text = f"it was pulled out while {tenant.name} was used: plug it in again to go on"
+        return self._describe(tenant.facts, "", "away", text, [tenant])
+
+    def _describe(self, facts: DeviceFacts, name: str, word: str, text: str, tenants: list[Tenant]) -> Row:
         return {
             "key": _shown(facts.key),
             "bus": _shown(facts.bus),
             "port": _shown(facts.port),
-            "name": _shown(known.name),
+            "name": _shown(name),
             "vendor": facts.vendor,
             "product": facts.product,
             "manufacturer": _shown(facts.manufacturer),
