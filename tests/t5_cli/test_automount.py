@@ -191,11 +191,12 @@ def test_an_ejected_stick_is_flushed_and_stays_out_until_it_is_plugged_in_again(
     assert (row["state"], row["instances"]) == ("ejected", [])
     assert "may be pulled out" in row["text"]
     assert not (lab.dev / "disk0").exists()
-    for name in ("disk0", "stick", "", "A", "disk0/part1", "LABEL=A"):
+    for name in ("disk0", "stick", "A", "disk0/part1", "LABEL=A", "by-id"):
         lab.call("Replug", name="stick")
-        name = name or str(next((lab.dev / "by-id").glob("*S_stick")))
         assert (lab.media / "A/file").read_bytes()[:5] == b"hello"
-        assert lab.call("Eject", device=name)["text"] == "disk0 may be pulled out"
+        by_id = str(next((lab.dev / "by-id").glob("*S_stick")))
+        answer = lab.call("Eject", device=by_id if name == "by-id" else name)
+        assert answer["text"] == "disk0 may be pulled out"
 
 
 def test_a_stick_in_use_is_not_ejected_and_nothing_is_done(lab: Lab) -> None:
