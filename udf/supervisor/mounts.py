@@ -128,6 +128,9 @@ class Mount(Endpoint):
                 return Reason.EXTERNAL, "unmounted by somebody else"
             cut_off = self.recovery.cut_off
             text = "unmounted, but the driver was ended before it had finished" if cut_off else "unmounted"
+            if shim.unsaved:
+                text = f"unmounted, but {shim.unsaved}"
+                log.warning("%s: %s", self.plan.name, text)
             return self._stopping or Reason.EXTERNAL, text
         if self._stopping is not None:
             return self._stopping, "unmounted lazily"
