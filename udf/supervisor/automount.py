@@ -257,7 +257,9 @@ class Automount:
             request = MountRequest(mountpoint=str(path), driver=wish.driver.name, options=dict(wish.options))
             driver = catalog.from_manifest(wish.driver)
             try:
-                mount = await self._volumes.mount_on(slot.disk, slot.export, driver, request, Identity.own())
+                mount = await self._volumes.mount_on(
+                    slot.disk, slot.export, driver, request, Identity.own(), fresh=True
+                )
             except BusyError as exc:
                 log.info("%s: %s", slot.place, exc)
                 return Outcome.ENDED

@@ -108,9 +108,16 @@ class Volumes:
         return await self.mount_on(place.endpoint, export, driver, _with(request, options=options), caller)
 
     async def mount_on(
-        self, disk: BlockEndpoint, export: messages.Export, driver: Driver, request: MountRequest, caller: Identity
+        self,
+        disk: BlockEndpoint,
+        export: messages.Export,
+        driver: Driver,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        fresh: bool = False,
     ) -> Mount:
-        """Mount an export by this driver, which the request names."""
+        """Mount an export by this driver, which the request names; `fresh`: on a directory that we have just made."""
         place = Place(disk, export.name)
         options = dict(request.options or {})
         if disk.plan.lease is not None and not options.keys().isdisjoint(("suid", "dev")):
@@ -122,7 +129,8 @@ class Volumes:
             source = f"{disk.plan.where}/{export.name}"
             return await self._registry.mount(_with(request, source=source, options=options), caller)
         options.setdefault("fsname", str(place))
-        return await self._registry.mount(_with(request, options=options), caller, on=disk, export=export.name)
+        request = _with(request, options=options)
+        return await self._registry.mount(request, caller, on=disk, export=export.name, fresh=fresh)
 
     async def _mount_image(self, image: Image, driver: Driver | None, request: MountRequest, caller: Identity) -> Mount:
         options = dict(request.options or {})
