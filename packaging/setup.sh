@@ -46,6 +46,7 @@ TEST_PACKAGES=(
   'fio              : command -v fio'
   'usbip            : command -v usbip || test -x /usr/sbin/usbip'
   'dosfstools       : command -v mkfs.vfat || test -x /sbin/mkfs.vfat'
+  'mtools           : command -v mcopy'
   'erofs-utils      : command -v mkfs.erofs'
   'fdisk            : command -v sfdisk || test -x /sbin/sfdisk'
 )

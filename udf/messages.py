@@ -57,6 +57,7 @@ class Mount(Message, tag="mount"):
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
     inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
+    outlive: bool = False  # once unmounted, keep the link until the driver has ended
 
 
 class Serve(Message, tag="serve"):
@@ -355,7 +356,12 @@ class TakeOver(Message, tag="take_over"):
 
 
 class Stop(Message, tag="stop"):
-    """End in an orderly way; a SIGTERM means the same."""
+    """End in an orderly way; a SIGTERM means the same.
+
+    `linked`: a foreign program still has its link, though nothing will come over it; the end of that would do too.
+    """
+
+    linked: bool = False
 
 
 ToHost = Start | TakeOver | Stop

@@ -56,6 +56,7 @@ class Program:
         self._listener: socket.socket | None = None
         self._poll: select.poll | None = None
         self._last_line = b""
+        self.end_by_signal = False  # it is to be told so, while it has its link
         self._environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH",)}
         self._start = start
         self._mountpoint = f"/dev/fd/{self._link}"
@@ -179,9 +180,10 @@ class Program:
         if not packet:
             os._exit(1)  # the supervisor is gone, and with us everything in here
         try:
-            word = json.loads(packet).get("t")
+            message = json.loads(packet)
+            word = message.get("t")
         except (ValueError, AttributeError):
-            word = None
+            message, word = {}, None
         if self._gate is not None:
             if word == "take_over" and fds:
                 self._open_gate(self._gate[0], fds.pop(0))
@@ -191,9 +193,11 @@ class Program:
             os.close(fd)
         # The shim has closed its end: the program sees that and finishes what it has in memory (fuse-zip writes its
         # archive now), with libfuse's signal handlers already taken away, so that a SIGTERM would cut it off.
-        # The supervisor sends one when its patience ends.
+        # The supervisor sends one when its patience ends, and asks for one before the link is closed.
         if word == "stop" and self._link is not None:
             os.kill(os.getpid(), signal.SIGTERM)
+        elif word == "stop" and message.get("linked"):
+            self.end_by_signal = True
 
     def _open_gate(self, gate: socket.socket, link: int) -> None:
         self._gate, self._link = None, link

@@ -122,6 +122,9 @@ def _watch(wake: int, driver: int, program: foreign.Program | None) -> tuple[int
         ready = {fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)}
         if program is not None:
             program.serve(ready)
+            if program.end_by_signal:
+                program.end_by_signal = False
+                _signal_who_catches()
         if wake not in ready:
             continue
         numbers = os.read(wake, 512)
@@ -168,6 +171,18 @@ def _signal_all() -> None:
                 os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         pass
+
+
+def _signal_who_catches() -> None:
+    """SIGTERM for those to whom it is a word and not the end."""
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if os.getpid() == 1 else _children():
+        try:
+            with open(f"/proc/{pid}/status", "rb") as file:
+                caught = next(line for line in file if line.startswith(b"SigCgt:"))
+            if pid != os.getpid() and int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+                os.kill(pid, signal.SIGTERM)
+        except (OSError, ValueError, IndexError, StopIteration):
+            pass
 
 
 def _kill_the_rest() -> None:

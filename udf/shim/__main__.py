@@ -193,8 +193,22 @@ def main() -> int:
     try:
         control.flush(5.0)
     except SupervisorGone:
-        pass
+        return 0
+    if loop.s.config.outlive:
+        _outlive_driver(control.fd, loop.s.link.fd)
     return 0
+
+
+def _outlive_driver(control: int, link: int) -> None:
+    """Keep the link until the driver has ended, or the supervisor wants no more of us.
+
+    A program on libfuse may hang when its link ends: its threads print that each, and one that is cancelled while it
+    does takes the lock of stderr with it. As long as it has the link it can be told to end by a signal.
+    """
+    ends = select.poll()
+    ends.register(control, select.POLLRDHUP)
+    ends.register(link, 0)
+    ends.poll()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Config:
     stable_nodes: bool = False  # the driver's node ids mean the same file in each generation
     inodes: str = "stable"  # by what a file is known again: its number, its entry's generation, nothing (volatile)
     patience: float = 60.0  # seconds that a parked request waits for a new generation
+    outlive: bool = False  # once unmounted, keep the link until the driver has ended
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Config:

@@ -144,10 +144,10 @@ class Generation:
         """SIGKILL, at once and without waiting."""
         self.process.kill()
 
-    async def stop(self, grace: float) -> bool:
-        """Have it end in an orderly way; whether it did so in time."""
+    async def stop(self, grace: float, *, linked: bool = False) -> bool:
+        """Have it end in an orderly way; whether it did so in time. `linked`: its link is kept until then."""
         self.stopping = True
-        await self.process.send(messages.Stop())
+        await self.process.send(messages.Stop(linked=linked))
         return await self._bell.within(grace, lambda: self.is_ended)
 
     async def end(self, grace: float) -> bool:

@@ -23,6 +23,7 @@ from udf.supervisor.trace import TraceFeed
 
 UNMOUNT_TIMEOUT = 40.0  # longer than a driver's usual deadline: an unmount writes back first
 UNMOUNT_WITHOUT_DRIVER = 5.0  # there is nobody to write back to
+LINKED_GRACE = 1.0  # for a foreign program to end its loop at a signal; what it saves then may take longer
 GHOST = 60.0  # what is open when a device is unplugged goes on being told so, even if the mount is gone
 
 log = logging.getLogger("udf.mounts")
@@ -75,8 +76,8 @@ class Mount(Endpoint):
         if not shim.is_over:  # its device is gone, and all that waited has been told
             await shim.process.send(messages.Unmount(lazy=True))
             await self._bell.within(TERM_GRACE, lambda: shim.is_over or shim.detached)
-            return
-        await self._bell.within(TERM_GRACE, lambda: shim.process.over)
+        elif shim.unmounted and self.plan.driver.command is not None:
+            await self.recovery.stop_linked(LINKED_GRACE)  # the end of its link comes next: see udf/shim/__main__.py
 
     async def _end_front(self) -> str:
         if self.recovery.is_detached and self._front.detached and not self._front.process.over:

@@ -128,6 +128,7 @@ class MountPlan(DriverPlan):
             stable_nodes=self.stable_nodes,
             inodes=self.inodes,
             patience=chosen.patience,
+            outlive=self.driver.command is not None,
         )
 
 

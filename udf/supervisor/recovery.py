@@ -470,6 +470,12 @@ class Recovery:
 
     # ---- the end of the endpoint
 
+    async def stop_linked(self, seconds: float) -> None:
+        """Have the one that serves end while it has its link, to which nothing comes any more; so long at most."""
+        self._is_ending = True
+        if self._serving is not None and not self._serving.is_lost:
+            await self._serving.stop(seconds, linked=True)
+
     async def end(self) -> None:
         """End every process, the one that serves in order. Bounded in time."""
         self._is_ending = True
