@@ -279,7 +279,7 @@ def _describe(mount: Endpoint, counters: dict[str, int | float]) -> dict[str, An
         "uid": plan.owner.uid,
         "state": instance.state,
         "reason": instance.reason,
-        "text": instance.text,
+        "text": mount.text,
         "since": instance.since,
         "generation": mount.generation,
         "restarts_left": mount.recovery.restarts_left,
