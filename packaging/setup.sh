@@ -45,6 +45,7 @@ TEST_PACKAGES=(
   'qemu-utils       : command -v qemu-nbd'
   'fio              : command -v fio'
   'usbip            : command -v usbip || test -x /usr/sbin/usbip'
+  'mtools           : command -v mcopy'
   'dosfstools       : command -v mkfs.vfat || test -x /sbin/mkfs.vfat'
   'erofs-utils      : command -v mkfs.erofs'
   'fdisk            : command -v sfdisk || test -x /sbin/sfdisk'
