@@ -78,9 +78,16 @@ class Serve(Message, tag="serve"):
 
 
 class Detach(Message, tag="detach"):
-    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow."""
+    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow.
+
+    To a mount's shim: with `wait` a request is parked instead, and fails with ENODEV when it has waited so many
+    seconds. What is cached is answered for `max_stale` seconds since the driver was lost, then nothing is. Another
+    `detach` changes both.
+    """
 
     text: str = ""
+    wait: float = 0.0
+    max_stale: float = 0.0
 
 
 class Attach(Message, tag="attach"):

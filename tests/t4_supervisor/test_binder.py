@@ -50,7 +50,9 @@ class ScriptedLease(Lease):
 
 
 class ScriptedEndpoint:
-    """Ends with its lease, or when it is told to; not before its end is let happen."""
+    """Ends with its lease (unless it is used), or when it is told to; not before its end is let happen."""
+
+    is_used = False  # as by a volume that is mounted: it waits for its device
 
     def __init__(self, world: World, name: str, lease: Lease) -> None:
         self.instance = Instance(name, "mount", world.events)
@@ -59,7 +61,32 @@ class ScriptedEndpoint:
         self._ending = trio.Event()
         self._reason = Reason.UNPLUGGED
         self._lease = lease
-        lease.tell(self._ending.set)
+        self._world = world
+        lease.tell(self._unplugged)
+
+    def _unplugged(self) -> None:
+        if not self.is_used:
+            self._ending.set()
+
+    @property
+    def may_return(self) -> bool:
+        return self.is_used and not self._ending.is_set()
+
+    is_waiting = may_return
+
+    async def take_back(self, lease: Lease) -> bool:
+        self._world.offered.append((self.instance.name, lease.spec.key))
+        await self._world.let_return.wait()
+        if self._ending.is_set() or lease.gone or not self._world.accepts(self.instance.name, lease.spec.key):
+            lease.close()
+            return False
+        self._lease.close()
+        self._lease = lease
+        lease.tell(self._unplugged)
+        return True
+
+    def lose(self, reason: Reason, text: str) -> None:
+        self.die(reason)
 
     async def end(self, reason: Reason) -> None:
         self._reason = reason
@@ -93,9 +120,12 @@ class World:
         self.links: dict[str, str] = {}
         self.taken: set[str] = set()
         self.refuse: Callable[[Binding], str | None] = lambda _: None
-        self.let_start, self.let_end = trio.Event(), trio.Event()
+        self.offered: list[tuple[str, str]] = []  # to whom, and which arrival
+        self.accepts: Callable[[str, str], bool] = lambda _name, _key: True
+        self.let_start, self.let_end, self.let_return = trio.Event(), trio.Event(), trio.Event()
         self.let_start.set()
         self.let_end.set()
+        self.let_return.set()
         self._nursery = nursery
         self._pokes = pokes
         self._arrivals = 0
@@ -108,7 +138,7 @@ class World:
 
     def _lease(self, binding: Binding, shared: bool) -> Lease:
         self.shared.append(shared)
-        spec = messages.DeviceSpec(bus="usbip", key="", busnum=1, devnum=1, interface=binding.interface)
+        spec = messages.DeviceSpec(bus="usbip", key=binding.key, busnum=1, devnum=1, interface=binding.interface)
         self.leases.append(ScriptedLease(spec))
         return self.leases[-1]
 
@@ -179,9 +209,11 @@ async def world_of(*drivers: Manifest, pokes: bool = True) -> AsyncIterator[Worl
         nursery.start_soon(world.binder.run)
         await wait_all_tasks_blocked()
         yield world
-        world.let_start.set()
-        world.let_end.set()
+        for event in (world.let_start, world.let_end, world.let_return):
+            event.set()
         world.devices.clear()
+        for endpoint in world.running.values():
+            endpoint.lose(Reason.EXPIRED, "at the end of the test")
         world.binder.poke()
         await wait_all_tasks_blocked()
         assert world.all_is_over()

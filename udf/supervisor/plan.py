@@ -57,7 +57,7 @@ class DriverPlan:
     durability: str = "none"
     deadline: float = 30.0
     start_timeout: float = 30.0
-    lease: Lease | None = None  # the device that it drives
+    lease: Lease | None = None  # the device that it drives, as it was first plugged in
     place: Path | None = None  # a directory that is made for it and goes with it
 
     @property
@@ -65,8 +65,8 @@ class DriverPlan:
         """Where programs find what it serves, as a path."""
         return str(self.place)
 
-    def start_message(self, *, spare: bool = False) -> messages.Start:
-        """What a driver host is told first."""
+    def start_message(self, *, spare: bool = False, device: messages.DeviceSpec | None = None) -> messages.Start:
+        """What a driver host is told first; a driver of a device, of which one (`lease` is that of its first plug)."""
         return messages.Start(
             name=self.name,
             driver=self.driver,
@@ -76,7 +76,7 @@ class DriverPlan:
             heartbeat=HEARTBEAT,
             spare=spare,
             store=self.durability == "store",
-            device=None if self.lease is None else self.lease.spec,
+            device=device,
         )
 
 

@@ -9,7 +9,7 @@ Called by: endpoint.py.
 The order of a recovery, of which each step waits for the one before: the old host is dead for certain → its connection
 to the device is shut down → the policy lets a new one start (its process may stand already, but it has no link and has
 touched nothing) → it has a connection of its own, and says READY → the front has said that the old link is drained →
-`attach` → `attached`. A device that is gone ends this at any point: see `_detach`.
+`attach` → `attached`. A device that is gone ends this at any point: see `_leave`, and `_come_back` for its return.
 
 A little over 400 lines: each step is a few lines, and their order is what there is to read.
 """
@@ -19,21 +19,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
+from functools import partial
 
 import trio
 
 from udf import messages
 from udf.errors import DeviceGone, UdfError, UserError
 from udf.supervisor import crashes
+from udf.supervisor.absence import UNPLUGGED, Absence, Waiter
 from udf.supervisor.bell import Bell
 from udf.supervisor.crashes import CrashLog
 from udf.supervisor.front import Front
 from udf.supervisor.generation import Generation
 from udf.supervisor.hosts import TERM_GRACE, Hosts
 from udf.supervisor.instance import Instance, Reason, State
-from udf.supervisor.lease import Tenancy
 from udf.supervisor.output import sentence
 from udf.supervisor.plan import DriverPlan
 from udf.supervisor.restart import Death, Decision, History, Kind
@@ -43,7 +44,7 @@ LINK_GRACE = 2.0  # between the end of a process and the end of its link, whiche
 LAST_WORDS = 0.2  # after a death of its own making, for what it printed
 STOP_GRACE = 5.0  # for the host to end after `stop`
 UNPLUG_GRACE = 0.2  # for a driver to see that its device is gone, before it is ended
-REATTACH_GRACE = 0.0  # for the same device to come back; nothing takes it back yet
+BURY_GRACE = 0.5  # after an unplug; who is not dead by then is not waited for
 CUT_GRACE = 0.05  # between the end of a connection and the bus's word that the device is gone
 
 log = logging.getLogger("udf.mounts")
@@ -61,6 +62,7 @@ class Recovery:
         front: Front,
         bell: Bell,
         on_fault: Callable[[str, str], bool],
+        waiter: Waiter,
     ) -> None:
         self.generation = 0  # the last one that the front was offered
         self.crashes = CrashLog()
@@ -78,12 +80,8 @@ class Recovery:
         self._restart_asked = False
         self._failures = 0  # starts that failed
         self._is_ending = False
-        self.is_detached = False  # the device is gone, and everybody has been told
-        self._unplugged = False
-        self._tenancy: Tenancy | None = None
-        if plan.lease is not None:
-            self._tenancy = Tenancy(plan.lease, bell)
-            plan.lease.tell(bell.ring)
+        self.absence = Absence(bell, plan.lease)
+        self._waiter: Waiter | None = waiter
 
     # ---- the first generation
 
@@ -97,9 +95,10 @@ class Recovery:
     async def serve(self, generation: Generation, link: int) -> None:
         """Give it all that it needs, with a connection of its own to the device, and tell it to serve."""
         device: list[int] = []
-        if self._tenancy is not None:
+        tenancy = self.absence.tenancy
+        if tenancy is not None:
             try:
-                device.append(await self._tenancy.open(self._hosts.nursery))
+                device.append(await tenancy.open(self._hosts.nursery))
             except DeviceGone:
                 self._bell.ring()  # it is not the generation's failure, and it is not told to serve
                 return
@@ -130,21 +129,16 @@ class Recovery:
     @property
     def is_unplugged(self) -> bool:
         """Whether the device is gone, its own or that of what it depends on."""
-        return self._unplugged or (self._tenancy is not None and self._tenancy.lease.gone)
+        return self.absence.is_unplugged
 
     async def find_device(self) -> None:
         """A start has failed: find out whether the device is gone, which its end may have been quicker to tell."""
-        tenancy = self._tenancy
+        tenancy = self.absence.tenancy
         if tenancy is None:
             return
         await self._bell.within(CUT_GRACE, lambda: self.is_unplugged or tenancy.is_cut)
         if tenancy.is_cut and not self.is_unplugged:
             await tenancy.ask()
-
-    def unplug(self) -> None:
-        """The device of what it depends on is gone."""
-        self._unplugged = True
-        self._bell.ring()
 
     def tick(self) -> None:
         """A heartbeat is due from the driver that serves: silence and a loop that stands still are a hang."""
@@ -180,25 +174,47 @@ class Recovery:
     async def run(self) -> None:
         """Replace each driver that is lost, until the endpoint ends or its device is gone."""
         if self._plan.options.spare:
-            self._hosts.keep_spare(lambda: self._endpoint.state is State.ACTIVE, self._over)
+            self._hosts.keep_spare(lambda: self._endpoint.state is State.ACTIVE, self._is_final)
         while True:
             await self._bell.until(lambda: self._over() or self._restart_asked or self._is_lost())
             if not self._restart_asked and not self._over():
                 await self._hear_both_ends()
             if not self._over():
                 await self._replace()
-            if self.is_unplugged and not self._is_ending:
-                await self._detach()
+            while self.is_unplugged and not self._is_final():
+                await self._leave()
             if self._over():
                 return
 
     def _over(self) -> bool:
-        return self._is_ending or self._front.is_over or self.is_unplugged
+        """Whether what is being done has no purpose any more."""
+        return self._is_final() or self.is_unplugged
+
+    def _is_final(self) -> bool:
+        """Whether there will be no other driver."""
+        return self._is_ending or self._front.is_over or self.absence.is_lost
+
+    async def _unless_over(self, act: Callable[[], Awaitable[bool]]) -> bool:
+        """What it comes to; False as soon as it has no purpose any more."""
+        result = False
+
+        async def run(scope: trio.CancelScope) -> None:
+            nonlocal result
+            result = await act()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, nursery.cancel_scope)
+            await self._bell.until(self._over)
+            nursery.cancel_scope.cancel()
+        return result
 
     def _is_lost(self) -> bool:
-        return self._serving is not None and (
-            self._serving.is_lost or not self._front.linked or (self._tenancy is not None and self._tenancy.is_cut)
-        )
+        return self._serving is not None and (self._serving.is_lost or not self._front.linked or self._is_cut)
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.absence.tenancy is not None and self.absence.tenancy.is_cut
 
     async def _hear_both_ends(self) -> None:
         """A death shows twice, at the process and at the link. The end of the mount itself may show as the first.
@@ -207,10 +223,10 @@ class Recovery:
         """
         serving = self._serving
         assert serving is not None
-        if self._tenancy is not None and self._tenancy.is_cut:
+        if self.absence.tenancy is not None and self._is_cut:
             # A driver that ends itself because its device is gone may be quicker than the bus, and has not failed.
             if not await self._bell.within(CUT_GRACE, self._over):
-                await self._tenancy.ask()
+                await self.absence.tenancy.ask()
             if self._over():
                 return
             serving.condemn(Kind.EXTERNAL, "the connection to the device ended")
@@ -239,7 +255,7 @@ class Recovery:
             self._enter(State.RECOVERING, Reason.OPERATOR, "restarted by an operator")
         if old is not None and asked and not old.is_lost:
             self._prestart()
-            if not await old.stop(stop_grace(self._plan)) and not self._over():
+            if not await self._unless_over(partial(old.stop, stop_grace(self._plan))) and not self._over():
                 log.warning("%s: the driver did not end when it was told to and is ended", self._plan.name)
             old.condemn(Kind.OPERATOR, "the driver was restarted by an operator")
             if not await self._is_gone(old, TERM_GRACE):
@@ -280,8 +296,11 @@ class Recovery:
                 self._serves(generation, attached, begun)
                 return
             await generation.hear_last_words(LAST_WORDS)
+            await self.find_device()  # its start may have failed because the device is gone
+            if self._over():
+                return
             kind, text = generation.cause()
-            if not await self._is_gone(generation, 0):
+            if not await self._is_gone(generation, 0) or self.absence.refusal:
                 return
             decision = self._note_death(generation, kind, text)
             self._failures += 1
@@ -325,23 +344,33 @@ class Recovery:
         # The end of a process closes its link, so what looks like a breach may be a death that shows in a moment.
         await self._bell.within(LAST_WORDS, lambda: generation.is_lost or self._over())
         error = front.answer.error if isinstance(front.answer, messages.Refused) else "it closed its link"
+        if isinstance(front.answer, messages.Refused) and self._is_another_device(generation):
+            self.absence.refusal = sentence(error)
         generation.condemn(Kind.CONTRACT, f"the {self._endpoint.kind} cannot go on with this driver: {sentence(error)}")
         # The front must have let go of this link before it is offered another one.
         generation.kill()
         await self._bell.until(lambda: answered() or not front.linked)
         return front.answer if isinstance(front.answer, messages.Attached) and not self._over() else None
 
+    def _is_another_device(self, generation: Generation) -> bool:
+        """Whether a refusal is about the device that has come back, or what is on it, and not about its driver."""
+        return self.absence.is_returning and self.absence.tenancy is not None and not generation.is_lost
+
     def _serves(self, generation: Generation, attached: messages.Attached, begun: float) -> None:
         generation.serves(attached.generation)
         self._serving, self._restart_asked = generation, False
-        pause = (trio.current_time() - begun) * 1000
-        self._driver.change(State.ACTIVE, Reason.READY)
+        reason, since = Reason.READY, self.absence.since
+        pause = (trio.current_time() - (begun if since is None else since)) * 1000
         text = f"generation {attached.generation} after {pause:.1f} ms"
         if attached.replayed or attached.parked:
             text += f"; requests asked again: {attached.replayed}, that had waited: {attached.parked}"
+        if since is not None:
+            reason, text = Reason.REATTACHED, f"the device was plugged in again after {pause / 1000:.1f} s: {text}"
+            self.absence.serves()
+        self._driver.change(State.ACTIVE, reason)
         self._endpoint.change(
             State.ACTIVE,
-            Reason.READY,
+            reason,
             text,
             pause_ms=pause,
             generation=attached.generation,
@@ -349,14 +378,17 @@ class Recovery:
             parked=attached.parked,
         )
         log.info("%s: %s", self._plan.name, text)
+        if reason is Reason.REATTACHED and self._waiter is not None:
+            self._waiter.recall_dependants()
+        self._bell.ring()
 
     # ---- ends
 
     async def _is_gone(self, generation: Generation, grace: float) -> bool:
         """End it for certain. If that is not to be had the endpoint is FAILED: there is never a second writer."""
-        if await self._hosts.bury(generation, grace):
-            if self._tenancy is not None:
-                self._tenancy.fence()
+        if await self._unless_over(partial(self._hosts.bury, generation, grace)):
+            if self.absence.tenancy is not None:
+                self.absence.tenancy.fence()
             self._front.driver_ended()
             return True
         if not self._over():
@@ -412,41 +444,93 @@ class Recovery:
         """The endpoint's driver instance shows this process from now on."""
         self._driver.process = generation.instance
 
-    # ---- the device is gone
+    # ---- the device is gone, and comes back
 
-    async def _detach(self) -> None:
-        """Programs are told first, then the driver; what follows is decided here and nowhere else.
+    async def _leave(self) -> None:
+        """Programs are told first, then the driver ends; then the device is waited for, or given up.
 
-        `is_detached` makes endpoint.py end the instance. Until then it is DETACHED, and REATTACH_GRACE is the time in
-        which the same device may come back, to go on with open files.
+        It returns when it serves again, when nothing is waited for any more, and when the device is gone once more.
         """
-        text = "the device was unplugged"
-        log.info("%s: %s", self._plan.name, text)
-        self._enter_detached(text)
-        await self._front.detach(text)
+        absence, waiter = self.absence, self._waiter
+        assert waiter is not None
+        absence.begin()
+        if self._endpoint.state is State.FAILED:
+            self._history = History()  # who plugs it in again wants it tried again
+        self._enter_detached(_unplugged(absence, waiter))
+        await waiter.tell_dependants()
+        wait, max_stale = waiter.patience()
+        await self._front.detach(UNPLUGGED, wait=wait, max_stale=max_stale)
+        await self._end_driver()
+        absence.settle()
+        while not self._is_final():
+            until = waiter.waits_until()
+            if absence.may_come_back:
+                await self._come_back()
+                if not absence.refusal:
+                    return
+            elif until <= trio.current_time():
+                absence.lose(*waiter.why_given_up())
+            else:
+                await self._bell.within(until - trio.current_time(), self._something_else_than(until))
+
+    def _something_else_than(self, until: float) -> Callable[[], bool]:
+        waiter, absence = self._waiter, self.absence
+        assert waiter is not None
+        return lambda: self._is_final() or absence.may_come_back or waiter.waits_until() != until
+
+    async def _end_driver(self) -> None:
+        """None that may have touched the source goes on, as far as that can be had in a moment."""
         self._hosts.drop_next()
-        serving, self._serving = self._serving, None
-        if serving is not None:
-            if self._tenancy is not None:
-                self._tenancy.cut()  # a bus may be quicker to tell us than to end the connection
-            if not serving.is_lost:
+        tenancy = self.absence.tenancy
+        serving, self._serving, self._trying = self._serving, None, None
+        if tenancy is not None:
+            tenancy.cut()  # a bus may be quicker to tell us than to end the connection
+            if serving is not None and not serving.is_lost:
                 await serving.stop(UNPLUG_GRACE)
-            serving.kill()
-        if self._tenancy is not None:
-            self._tenancy.fence()
-        await self._bell.within(REATTACH_GRACE, lambda: self._is_ending or self._front.is_over)
-        self.is_detached = True
-        self._bell.ring()
+            tenancy.fence()
+        with trio.move_on_after(BURY_GRACE):
+            await self._hosts.bury_told()
+        self._front.driver_ended()
+
+    async def _come_back(self) -> None:
+        """There is a device again: go on with it, if it is the same."""
+        absence, waiter = self.absence, self._waiter
+        assert waiter is not None
+        absence.come_back()
+        if absence.tenancy is not None:
+            self._hosts.lease = absence.tenancy.lease
+            self._hosts.drop_all_of_old_device()
+        self._endpoint.note("the device was plugged in again: its driver is started, and what is on it is looked at")
+        waiter.expect_dependants(True)
+        self._counted, self._restart_asked = False, False
+        if await self._unless_over(self._hosts.bury_told):
+            await self._bring_back(trio.current_time(), Decision())
+        elif self._hosts.stuck:
+            absence.lose(Reason.STUCK, "the device was unplugged, and its driver could not be ended")
+        if self._endpoint.state is State.ACTIVE:
+            return
+        waiter.expect_dependants(False)
+        if self._endpoint.state is State.FAILED and not self.is_unplugged:
+            absence.give_in()
+            return
+        await self._end_driver()
+        absence.stays_away()
+        if absence.refusal:
+            log.info("%s: what was plugged in is not taken for its device: %s", self._plan.name, absence.refusal)
+            self._endpoint.note(f"{UNPLUGGED}; another one was not taken for it: {absence.refusal}")
 
     def _enter_detached(self, text: str) -> None:
         for instance in (self._driver, self._endpoint):
             if instance.can(State.DETACHED):
                 instance.change(State.DETACHED, Reason.UNPLUGGED, text)
+        log.info("%s: %s", self._plan.name, text)
 
     # ---- what the operator asks
 
     async def restart(self) -> int:
         """A new generation, whatever the state, and a clean history; its number. UserError if there is none."""
+        if self.is_unplugged:
+            raise UserError(f"the device of {self._plan.name} is unplugged: plug it in again, and it goes on by itself")
         if not await self._hosts.bury_stuck():
             raise UserError(f"{self._plan.name} cannot be restarted: {self._endpoint.text}")
         failures = self._failures
@@ -490,8 +574,21 @@ class Recovery:
                 grace,
             )
         self._serving = self._trying = None
-        if self._tenancy is not None:
-            self._tenancy.close()
+        self.absence.close()
+        self._waiter = None  # the endpoint itself: a circle that would keep it in memory
+
+
+def _unplugged(absence: Absence, waiter: Waiter) -> str:
+    if absence.loss is not None:
+        return absence.loss[1]
+    until, now = waiter.waits_until(), trio.current_time()
+    if until <= now:
+        return UNPLUGGED
+    return (
+        f"{UNPLUGGED}: plug it in again"
+        + (f" within {until - now:.0f} s" if until != float("inf") else "")
+        + " to go on"
+    )
 
 
 def stop_grace(plan: DriverPlan) -> float:

@@ -135,9 +135,10 @@ class Shim(Front):
         """There is no new generation for now."""
         await self.process.send(messages.Fail(text=text))
 
-    async def detach(self, text: str) -> None:
-        """The device is gone."""
-        await self.process.send(messages.Detach(text=text))
+    async def detach(self, text: str, *, wait: float = 0.0, max_stale: float = 0.0) -> None:
+        """The device is gone; only a mount has what is cached, and requests that may wait."""
+        await self.process.send(messages.Detach(text=text, wait=wait, max_stale=max_stale))
+        self.linked = False  # it lets go of its link without a word
 
     def tick(self) -> None:
         """A sign of life is due; without one for too long it is ended."""

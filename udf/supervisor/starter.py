@@ -58,6 +58,24 @@ class RegisteredEndpoint(Endpoint):
         self._registry = registry
         self._endpoint = endpoint
 
+    @property
+    def may_return(self) -> bool:
+        """See Endpoint."""
+        return self._endpoint.may_return
+
+    @property
+    def is_waiting(self) -> bool:
+        """See Endpoint."""
+        return self._endpoint.is_waiting
+
+    async def take_back(self, lease: Lease) -> bool:
+        """See Endpoint."""
+        return await self._endpoint.take_back(lease)
+
+    def lose(self, reason: Reason, text: str) -> None:
+        """See Endpoint."""
+        self._endpoint.lose(reason, text)
+
     async def end(self, reason: Reason) -> None:
         """See Endpoint."""
         await self._registry.end(self._endpoint, reason)

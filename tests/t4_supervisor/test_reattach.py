@@ -1,0 +1,292 @@
+"""Volumes of a device that is pulled out and comes back: real mounts, real shims, the real driver of sticks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+from lab import ROOT, EmulatedLease, Lab, gone, read
+from real import needs_fuse
+
+from udf.errors import UserError
+from udf.fuse.mountinfo import find_mount
+from udf.supervisor.blocks import BlockEndpoint
+from udf.supervisor.instance import Reason, State
+from udf.supervisor.mounts import Mount
+from udf.testing.devices.storage import Storage
+
+pytestmark = needs_fuse
+STORAGE = ROOT / "drivers" / "usb_storage"
+SIZE = 4 << 20
+
+
+class Stick:
+    """A stick with a volume that is mounted."""
+
+    def __init__(self, lab: Lab, lease: EmulatedLease, disk: BlockEndpoint, volume: Mount) -> None:
+        self.lab = lab
+        self.lease = lease
+        self.disk = disk
+        self.volume = volume
+        self.path = Path(volume.plan.mountpoint)
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    async def pull(self) -> None:
+        await self.lab.unplug(self.lease)
+
+    async def is_away(self) -> None:
+        with trio.fail_after(5):
+            while not self.disk.is_waiting:
+                await trio.sleep(0.005)
+
+    async def plug(self) -> bool:
+        """As the binder does it."""
+        self.lease = await self.lab.replug(self.lease)
+        with trio.fail_after(20):
+            return await self.disk.take_back(self.lease)
+
+    async def goes_on(self) -> None:
+        with trio.fail_after(10):
+            while self.volume.instance.state is not State.ACTIVE:
+                assert not self.volume.is_gone, self.volume.instance.text
+                await trio.sleep(0.005)
+
+    async def is_gone(self, seconds: float = 5.0) -> None:
+        await gone(self.volume, seconds)
+        await gone(self.disk, seconds)
+        assert find_mount(str(self.path)) is None
+        assert not self.lab.place(self.disk.plan.name).exists()
+
+
+async def stick_in(lab: Lab, tmp_path: Path, name: str = "disk0", **options: str) -> Stick:
+    lease = await lab.plug(Storage(size=SIZE, serial="S1"), name)
+    disk = await lab.start(name, STORAGE / "__init__.py", lease)
+    assert isinstance(disk, BlockEndpoint)
+    return Stick(lab, lease, disk, await lab.mount(disk, tmp_path / f"mnt-{name}", **options))
+
+
+@pytest.fixture
+async def stick(lab: Lab, tmp_path: Path) -> Stick:
+    return await stick_in(lab, tmp_path)
+
+
+def write(path: Path, data: bytes, offset: int = 0) -> None:
+    file = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(file, data, offset)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+async def in_thread(work, *arguments):  # type: ignore[no-untyped-def]
+    with trio.fail_after(20):
+        return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)
+
+
+async def test_a_volume_is_a_mount_of_an_export_and_ends_before_it(lab: Lab, stick: Stick) -> None:
+    assert stick.disk.volumes == [stick.volume]
+    assert stick.volume.below is stick.disk
+    assert stick.volume.plan.source == f"nbd+unix:///disk?socket={stick.disk.plan.socket}"
+    await in_thread(write, stick.data, b"x" * 5000)
+    assert (await read(lab.place("disk0") / "disk"))[:5001] == b"x" * 5000 + b"\0"
+    await lab.registry.end(stick.disk, Reason.OPERATOR)
+    await stick.is_gone()
+    ends = [(e.name, e.reason) for e in lab.told("state") if e.state == "GONE" and e.kind in ("mount", "block")]
+    assert ends == [("mnt-disk0", "operator"), ("disk0-files", "operator"), ("disk0", "operator")]
+
+
+async def test_an_export_that_is_not_there_is_a_sentence(lab: Lab, stick: Stick, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="disk0 has no part1: it has disk"):
+        await lab.mount(stick.disk, tmp_path / "other", "part1")
+    assert stick.disk.volumes == [stick.volume]
+
+
+async def test_a_device_that_comes_back_is_gone_on_with_in_open_files(lab: Lab, stick: Stick) -> None:
+    await in_thread(write, stick.data, b"before")
+    file = os.open(stick.data, os.O_RDWR)
+    assert os.pread(file, 6, 0) == b"before"
+    before = stick.volume.driver.pid
+    with trio.fail_after(1):
+        await stick.pull()
+        await stick.is_away()
+    assert stick.volume.instance.state is stick.disk.instance.state is State.DETACHED
+    assert stick.volume.driver.pid != before or stick.volume.driver.pid is None
+    assert find_mount(str(stick.path)) is not None
+    assert find_mount(str(lab.place("disk0"))) is None
+    assert await stick.plug()
+    await stick.goes_on()
+    assert await in_thread(os.pread, file, 6, 1 << 19) == bytes(6)
+    assert await in_thread(os.pwrite, file, b"after ", 0) == 6
+    await in_thread(os.fsync, file)
+    os.close(file)
+    assert await read(stick.data) == b"after " + bytes((1 << 20) - 6)
+    with trio.fail_after(10):
+        while not stick.disk.dependants:
+            await trio.sleep(0.01)
+        while stick.disk.dependants[0].instance.state is not State.ACTIVE:
+            await trio.sleep(0.01)
+    assert (await read(lab.place("disk0") / "disk"))[:6] == b"after "
+    for kind, name in (("block", "disk0"), ("mount", "mnt-disk0")):
+        assert lab.life(name, kind)[1:] == [("ACTIVE", "ready"), ("DETACHED", "unplugged"), ("ACTIVE", "reattached")]
+    assert stick.volume.generation == stick.disk.generation == 2
+
+
+async def test_programs_are_told_at_once_and_cached_data_go_on(lab: Lab, stick: Stick) -> None:
+    await in_thread(write, stick.data, b"before")
+    assert (await read(stick.data))[:6] == b"before"
+    file = os.open(stick.data, os.O_RDWR)
+    assert os.pread(file, 6, 0) == b"before"
+    with trio.fail_after(1):
+        await stick.pull()
+        await stick.is_away()
+    assert await in_thread(os.pread, file, 6, 0) == b"before"
+    with trio.fail_after(1), pytest.raises(OSError) as failure:
+        await in_thread(os.pwrite, file, b"lost", 0)
+    assert failure.value.errno == errno.ENODEV
+    assert await stick.plug()
+    await stick.goes_on()
+    os.close(file)
+    assert (await read(stick.data))[:6] == b"before"
+
+
+async def test_after_the_grace_time_everything_is_gone(lab: Lab, tmp_path: Path) -> None:
+    stick = await stick_in(lab, tmp_path, grace="0.3")
+    await stick.pull()
+    await stick.is_gone(3)
+    assert stick.volume.instance.reason is stick.disk.instance.reason is Reason.EXPIRED
+    assert stick.volume.instance.text == "the device was not plugged in again within 0.3 s"
+
+
+async def test_without_grace_a_mount_ends_at_the_unplug(lab: Lab, tmp_path: Path) -> None:
+    stick = await stick_in(lab, tmp_path, grace="0")
+    file = os.open(stick.data, os.O_RDONLY)
+    with trio.fail_after(1.5):
+        await stick.pull()
+        await stick.is_gone()
+    assert stick.volume.instance.reason is Reason.UNPLUGGED
+    with pytest.raises(OSError) as failure:
+        os.pread(file, 1, 0)
+    assert failure.value.errno == errno.ENODEV
+    os.close(file)
+
+
+async def test_a_device_without_a_serial_number_is_not_waited_for(lab: Lab, tmp_path: Path) -> None:
+    lease = await lab.plug(Storage(size=SIZE, serial=""))
+    disk = await lab.start("disk0", STORAGE / "__init__.py", lease)
+    volume = await lab.mount(disk, tmp_path / "mnt")
+    with trio.fail_after(1.5):
+        await lab.unplug(lease)
+        await disk.ended.wait()
+    assert volume.instance.reason is disk.instance.reason is Reason.UNPLUGGED
+
+
+async def test_who_unmounts_a_volume_whose_device_is_away_need_not_wait(lab: Lab, stick: Stick) -> None:
+    file = os.open(stick.data, os.O_RDONLY)
+    await stick.pull()
+    await stick.is_away()
+    with trio.fail_after(1.5):
+        await lab.registry.unmount(stick.volume, lazy=False)
+        await stick.is_gone()
+    assert stick.volume.instance.reason is Reason.OPERATOR
+    assert stick.disk.instance.reason is Reason.UNPLUGGED
+    with pytest.raises(OSError) as failure:
+        os.pread(file, 1, 0)
+    assert failure.value.errno == errno.ENODEV
+    os.close(file)
+    stick.lease = await lab.replug(stick.lease)
+    assert not await stick.disk.take_back(stick.lease)
+    assert stick.lease.closed
+
+
+async def test_everything_is_ended_while_a_device_is_away(lab: Lab, stick: Stick) -> None:
+    await stick.pull()
+    await stick.is_away()
+    with trio.fail_after(3):
+        await lab.registry.stop_all(trio.Event())
+    await stick.is_gone()
+    assert stick.volume.instance.reason is Reason.SHUTDOWN
+
+
+async def test_a_driver_cannot_be_restarted_while_its_device_is_away(stick: Stick) -> None:
+    await stick.pull()
+    await stick.is_away()
+    for endpoint in (stick.volume, stick.disk):
+        with pytest.raises(UserError, match="is unplugged: plug it in again, and it goes on by itself"):
+            await endpoint.restart()
+    assert await stick.plug()
+    await stick.goes_on()
+    assert await stick.volume.restart() == 3
+
+
+@pytest.mark.parametrize("which", ["volume", "disk"])
+async def test_a_driver_may_die_while_its_device_comes_back(stick: Stick, which: str) -> None:
+    await in_thread(write, stick.data, b"before")
+    await stick.pull()
+    await stick.is_away()
+    stick.lease = await stick.lab.replug(stick.lease)
+    endpoint = getattr(stick, which)
+    killed = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stick.disk.take_back, stick.lease)
+        with trio.fail_after(10):
+            while killed < 2:
+                if endpoint.instance.state is State.DETACHED and endpoint.driver.pid:
+                    try:
+                        os.kill(endpoint.driver.pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                    killed += 1
+                await trio.sleep(0.02)
+    await stick.goes_on()
+    assert (await read(stick.data))[:6] == b"before"
+    assert stick.volume.recovery.restarts_left == stick.disk.recovery.restarts_left == 4
+
+
+async def test_it_may_be_pulled_out_again_and_again(stick: Stick) -> None:
+    file = os.open(stick.data, os.O_RDWR)
+    leases = [stick.lease]
+    for number in range(6):
+        await stick.pull()
+        if number % 2:
+            await stick.is_away()
+        stick.lease = await stick.lab.replug(stick.lease)
+        lease = stick.lease
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stick.disk.take_back, lease)
+            await trio.sleep(0.06 * number)
+            await stick.pull()
+        await stick.is_away()
+        leases.append(lease)
+    assert await stick.plug()
+    await stick.goes_on()
+    assert await in_thread(os.pwrite, file, b"written", 0) == 7
+    os.close(file)
+    assert all(lease.closed for lease in leases)
+    assert not stick.lease.closed
+
+
+async def test_a_block_shim_that_dies_takes_its_volumes_with_it(stick: Stick) -> None:
+    assert stick.disk.shim.pid is not None
+    os.kill(stick.disk.shim.pid, signal.SIGKILL)
+    await stick.is_gone()
+    assert stick.volume.instance.reason is stick.disk.instance.reason is Reason.CRASHED
+    assert stick.volume.instance.text == "the disk that it was on has ended"
+
+
+async def test_a_medium_that_is_taken_out_ends_its_volumes_and_not_the_device(lab: Lab, stick: Stick) -> None:
+    device = stick.lease.plugged.device
+    assert isinstance(device, Storage)
+    await trio.to_thread.run_sync(stick.lease.plugged._emulator.loop.call, lambda: device.change_medium(None))
+    await gone(stick.volume, 10)
+    assert stick.volume.instance.text == "its medium was taken out, or has other partitions now"
+    assert find_mount(str(stick.path)) is None
+    assert stick.disk.instance.state is State.ACTIVE
+    assert stick.disk.volumes == []
