@@ -75,6 +75,7 @@ class Serve(Message, tag="serve"):
     deadline: float = 30.0
     start_timeout: float = 30.0
     patience: float = 60.0
+    idle_flush: float = 0.0  # seconds after the last write after which the device is told to flush; 0: it is not
 
 
 class Detach(Message, tag="detach"):
@@ -202,10 +203,14 @@ class Attached(Message, tag="attached"):
 
 
 class Refused(Message, tag="refused"):
-    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT)."""
+    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT).
+
+    `changed`: after a Detach, the device that is back is another one, or what is on it has changed: no generation can.
+    """
 
     generation: int
     error: str
+    changed: bool = False
 
 
 class Overdue(Message, tag="overdue"):

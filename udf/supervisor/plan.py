@@ -21,6 +21,7 @@ from udf.supervisor.lease import Lease
 from udf.supervisor.options import MountOptions
 
 HEARTBEAT = 1.0
+IDLE_FLUSH = 0.2  # seconds after the last write: a stick that is pulled out without ceremony is usually clean
 
 
 class StartFailedError(UserError):
@@ -147,6 +148,7 @@ class BlockPlan(DriverPlan):
             deadline=self.deadline,
             start_timeout=self.start_timeout,
             patience=self.options.patience,
+            idle_flush=IDLE_FLUSH if self.lease is not None else 0.0,
         )
 
 

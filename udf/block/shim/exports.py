@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from udf.block import wire
 from udf.block.partitions import Table, read_table
 from udf.block.shim.request import Request
+from udf.block.shim.watched import HEAD
 
 if TYPE_CHECKING:
     from udf.block.shim.units import Unit
@@ -130,6 +131,8 @@ class Scan:
 
     def _ask(self, offset: int, size: int) -> None:
         unit = self._unit
+        if not self._reads:
+            size = max(size, min(HEAD, unit.size - offset))  # the first read is of the head, and tells what that is
         self._reads += 1
         # Whole blocks, whatever is wanted of them.
         start = offset - offset % unit.block_size
@@ -139,6 +142,7 @@ class Scan:
             return
         request = Request(unit, wire.CMD_READ, 0, start, end - start, monotonic())
         request.then = lambda request: self._answered(request, offset - start, size)
+        request.watch = self._reads == 1
         unit.send_own(request)
 
     def _answered(self, request: Request, at: int, size: int) -> None:

@@ -97,16 +97,22 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stopped. Raises SupervisorGone, StartFailed."""
-        next_beat = next_look = 0.0
+        now = next_beat = next_look = 0.0
         s = self.s
         while True:
             busy = s.requests or self._look is not None or s.hungry or self._stop is not None
-            for fd, event in self._epoll.poll(_LOOK if busy else _HEARTBEAT):
+            pause = _LOOK if busy else _HEARTBEAT
+            if s.alarm < now + pause:
+                pause = max(0.0, s.alarm - monotonic())
+            for fd, event in self._epoll.poll(pause):
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler(event)
             self._end_turn()
             now = monotonic()
+            if now >= s.alarm:
+                s.ring(now)
+                self._end_turn()
             if now >= next_look:
                 next_look = now + _LOOK
                 self._tick(now)
@@ -121,7 +127,9 @@ class Loop:
     def _end_turn(self) -> None:
         """Send what was collected, and read on where that made room."""
         s = self.s
-        while s.touched or s.broken or s.freed:
+        while s.touched or s.broken or s.freed or s.recovery.is_decided:
+            if s.recovery.is_decided:
+                self._decide()
             if s.touched:
                 touched, s.touched = s.touched, set()
                 for peer in touched:
@@ -271,6 +279,16 @@ class Loop:
         for connection in self.s.recovery.opened(found):
             generation.release(connection)
 
+    def _decide(self) -> None:
+        """What is back has been compared with what was pulled out."""
+        generation = self._generation
+        unneeded = self.s.recovery.decide()
+        if unneeded is None or generation is None:
+            self._drop_generation()
+        else:
+            for connection in unneeded:
+                generation.release(connection)
+
     def _from_driver(self, connection: DriverConnection, event: int) -> None:
         if event & _OUT:
             connection.out.blocked = False
@@ -319,9 +337,8 @@ class Loop:
         self._drop_generation()
         if phase is Phase.OPENING:
             raise StartFailed(f"the driver {s.config.driver} does not serve: {reason}")
-        if phase is Phase.GREETING:
-            s.set_phase(Phase.PARKED)
-            s.tell({"t": "refused", "generation": s.recovery.number, "error": reason})
+        if phase in (Phase.GREETING, Phase.VERIFYING):
+            s.recovery.refuse(reason)
         elif phase in (Phase.SERVING, Phase.REPLAYING):
             s.recovery.lost(reason)
 
