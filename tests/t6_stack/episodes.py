@@ -1,7 +1,7 @@
 """What happens to sticks in a week: they are plugged in, worked on, and ejected, pulled, swapped, changed elsewhere.
 
 Owns: the work (with what it has been promised), the ways in which an episode ends, and what must hold afterwards. All
-is drawn from one seed. Must never: look at a stick by our own driver when a promise is checked. Called by: test_week.py.
+is drawn from one seed. Must never: check a promise by our own driver. Called by: test_week.py.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ class Week:
             ending(stick, work)
             self._told(mark, stick, _REASONS[ending.__name__])
         except BaseException as error:
-            error.add_note(f"{word}; told: {[(e['kind'], e['name'], e['reason'], e['text']) for e in self._since(mark)]}")
+            error.add_note(
+                f"{word}; told: {[(e['kind'], e['name'], e['reason'], e['text']) for e in self._since(mark)]}"
+            )
             raise
         self.desk.unplug(stick)
         self.desk.until(lambda: not self.desk.rows(), "nothing is mounted")
@@ -330,7 +332,9 @@ class Week:
             if event["kind"] == "mount" and event["reason"] in reasons and event["what"] == "state":
                 text = str(event["text"])
                 assert text, event
-                assert "\n" not in text and len(text) < 300 and "Errno" not in text, event
+                assert len(text.splitlines()) == 1, event
+                assert len(text) < 300, event
+                assert "Errno" not in text, event
                 self.told[event["reason"]] = self.told.get(event["reason"], 0) + 1
 
 

@@ -93,7 +93,7 @@ class Stick:
         return {name: data for name, (data, _) in seen.items() if data is not None}
 
     def check(self, *, clean: bool, why: str = "", moving: Mapping[str, str] | None = None) -> dict[str, bytes]:
-        """What must be on it is, exactly; `clean`: without a repair, else after one by `fsck.fat -a`. All that is there.
+        """What must be on it is; `clean`: without a repair, else after one by `fsck.fat -a`. Gives all that is there.
 
         `moving`: a file that was about to get another name may have either. The stick itself is left as it is.
         """
@@ -139,7 +139,9 @@ class Stick:
             source.seek(self.offset)
             shutil.copyfileobj(source, target, MIB)
         try:
-            yield Stick(path, self.serial, self.label, self.kind, partitioned=False, files=self.files, growing=self.growing)
+            yield Stick(
+                path, self.serial, self.label, self.kind, partitioned=False, files=self.files, growing=self.growing
+            )
         finally:
             path.unlink()
 
@@ -260,4 +262,3 @@ class Desk:
         assert left == []
         for place in places:
             assert os.listdir(place) == [], place
-

@@ -69,7 +69,8 @@ def test_programs_on_a_stick_notice_nothing_of_drivers_that_are_killed(daemon: D
         (command, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         for command in commands
     ]
-    kills, operations = 0, {}
+    kills = 0
+    operations: dict[str, int] = {}
     end = time.monotonic() + 4 * SECONDS + 60
     try:
         while any(process.poll() is None for _, process in running):

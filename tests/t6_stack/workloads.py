@@ -327,7 +327,7 @@ def _compare(one: Path, other: Path) -> None:
 
 
 def copies(top: Path, clock: Clock, rng: random.Random) -> None:
-    """A tree that `cp -r` copies, whose copies are compared, copied again and removed: nothing but files and directories."""
+    """A tree of files and directories that `cp -r` copies, and copies from the copy; each is compared, then removed."""
     source = Path(tempfile.mkdtemp())
     try:
         for number in range(24):
