@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import trio
 
 from udf.errors import UserError
 from udf.supervisor import sockets
-from udf.supervisor.binder import Binder
+from udf.supervisor.binder import EJECTED, Binder
 from udf.supervisor.emulator import Emulator
-from udf.supervisor.instance import State
+from udf.supervisor.endpoint import Endpoint
+from udf.supervisor.instance import Reason, State
 from udf.supervisor.leases import Leases
 from udf.supervisor.offers import Offers
 from udf.supervisor.output import sentence
@@ -61,6 +62,7 @@ class Devices:
         self.root = runtime / "dev"
         self.by_id = self.root / BY_ID
         self._buses: list[Bus] = [UsbipBus(address, f"usbip:{address}") for address in map(Address.parse, usbip)]
+        self.listeners: list[Callable[[], None]] = []  # called when a bus, a driver's file or a rule has changed
         self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival: a driver may configure it differently
         self._leases = Leases(nursery)
         self._nursery = nursery
@@ -89,6 +91,8 @@ class Devices:
 
     def _changed(self) -> None:
         self.binder.poke()
+        for listener in self.listeners:
+            listener()
 
     async def _run_bus(self, bus: Bus, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
@@ -162,6 +166,10 @@ class Devices:
             for each in (verdict.candidates if verdict is not None else ())
         ]
 
+    def facts_of(self, instance: str) -> DeviceFacts | None:
+        """Of the device that an instance serves, if it is one."""
+        return next((tenant.facts for tenant in self.binder.tenants if tenant.name == instance), None)
+
     def row(self, known: Known) -> Row:
         """One device as the interface describes it."""
         return self._row(known)
@@ -212,6 +220,8 @@ class Devices:
                     return "failed", broken[0].instance.text
                 return "bound", "; ".join([_names(tenants), *self._not_served(known, verdict, tenants)])
             return "starting", f"{tenants[0].binding.driver.name} starts"
+        if known.ejected:
+            return "ejected", EJECTED
         for driver, _, text, again in self.binder.failures_of(known.facts.key):
             after = (
                 "; it is tried again" if again else f": `udf replug`, or a change of the driver {driver}, tries again"
@@ -260,6 +270,20 @@ class Devices:
     async def faults(self, text: str, rules: Sequence[str]) -> None:
         """What goes wrong with an emulated device from now on."""
         await self._emulator.command("faults", name=self._emulated(text)[0], faults=list(rules))
+
+    async def eject(self, disk: Endpoint) -> None:
+        """End the driver of a block device in order, so that the device may be pulled out. BusyError: it goes on."""
+        tenant = next((each for each in self.binder.tenants if each.name == disk.plan.name), None)
+        if tenant is None:
+            raise NoDeviceError(f"{disk.plan.name} is no device that is plugged in")
+        self.binder.eject(tenant)
+        try:
+            disk.recovery.eject()
+            await disk.unmount(Reason.OPERATOR, lazy=False)
+        except BaseException:
+            self.binder.eject(tenant, disk.is_gone)
+            raise
+        await self.binder.bell.within(BINDING_WAIT, lambda: tenant not in self.binder.tenants)
 
     def _emulated(self, text: str) -> tuple[str, str]:
         """The name and port of the emulated device that is meant; one that is out just now has no port."""

@@ -140,6 +140,11 @@ class Recovery:
         if tenancy.is_cut and not self.is_unplugged:
             await tenancy.ask()
 
+    def eject(self) -> None:
+        """An operator takes the device out: the driver is told so at its end."""
+        if self._serving is not None:
+            self._serving.ejects = True
+
     def tick(self) -> None:
         """A heartbeat is due from the driver that serves: silence and a loop that stands still are a hang."""
         serving = self._serving
