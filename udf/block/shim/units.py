@@ -405,7 +405,8 @@ class Unit:
                 # Whether this is from before or after it is nobody's guess, and it may still fail.
                 self.watched.unsure(max(start, piece.at), min(end, piece.at + piece.length) - max(start, piece.at))
                 return
-        self.watched.learn(start, request.buffer.view[request.at : request.at + request.length], request.mark)
+        data = request.buffer.view[request.at : request.at + request.length]
+        self.watched.learn(start, data, request.mark, self.kept.within(start, end))
 
     def _wrote(self, request: Request) -> None:
         """A client's write is done, or has failed: what must be kept of it, and what is there now."""

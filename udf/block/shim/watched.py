@@ -13,7 +13,7 @@ takes some 120 bytes here, at worst 250: with `MOST` of them 8 to 16 MiB.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from struct import Struct
 
@@ -25,6 +25,8 @@ _CHUNK = 7  # sectors of a chunk, as a power of two
 _MOST_CONTENTS = 16  # of one sector between two flushes; one that had more may hold anything until the next
 _ZEROS = hash(bytes(SECTOR))
 _SECTORS = Struct(f"{SECTOR}s")
+
+Span = tuple[int, int, int]  # of bytes: start, end, and the newest write in it
 
 
 def checksums(data: memoryview) -> list[int]:
@@ -80,8 +82,11 @@ class Watched:
         self._forget_oldest()
         return self.changes
 
-    def learn(self, offset: int, data: memoryview, mark: int) -> None:
-        """A read has told what is there, and nobody was writing there when it did."""
+    def learn(self, offset: int, data: memoryview, mark: int, unflushed: Iterable[Span] = ()) -> None:
+        """A read has told what is there, and nobody was writing there when it did.
+
+        `unflushed`: what was written there and may still be undone, to what was there before and nobody has seen.
+        """
         newest, before = self._newest, self._before
         sectors = _whole(offset, len(data))
         start = sectors.start * SECTOR - offset
@@ -90,6 +95,10 @@ class Watched:
             # What was written is known better, and what was forgotten meanwhile was so for a reason.
             if sector in newest and sector not in before and (calm or newest[sector] is None):
                 newest[sector] = content
+        for first, last, version in unflushed:
+            start, end = max(first, offset), min(last, offset + len(data))
+            for sector in self._known(start, end - start):
+                before.setdefault(sector, [(version, None)])
 
     # ---- what changes it
 
