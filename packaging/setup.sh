@@ -47,6 +47,7 @@ TEST_PACKAGES=(
   'usbip            : command -v usbip || test -x /usr/sbin/usbip'
   'mtools           : command -v mcopy'
   'dosfstools       : command -v mkfs.vfat || test -x /sbin/mkfs.vfat'
+  'mtools           : command -v mcopy'
   'erofs-utils      : command -v mkfs.erofs'
   'fdisk            : command -v sfdisk || test -x /sbin/sfdisk'
 )
