@@ -18,6 +18,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import count
+from urllib.parse import quote
 
 import pyfuse3
 import trio
@@ -68,6 +69,7 @@ class Fat(pyfuse3.Operations):
     enable_acl = False
     enable_writeback_cache = False
     supports_dot_lookup = False
+    read_only = False  # the host says so: nothing will be changed through this mount
 
     def __init__(
         self,
@@ -86,8 +88,9 @@ class Fat(pyfuse3.Operations):
     ) -> None:
         """Open the volume now, unless trio runs already: then `start` does."""
         super().__init__()
-        self._source = source
-        self._read_only = ro
+        self._source = source if "://" in source else f"nbd+unix:///?socket={quote(source)}"
+        if ro:
+            self.read_only = True
         self._uid = os.getuid() if uid < 0 else uid
         self._gid = os.getgid() if gid < 0 else gid
         mask = _octal("umask", umask)
@@ -111,7 +114,7 @@ class Fat(pyfuse3.Operations):
     async def _open(self) -> None:
         source = self._source
         try:
-            client = await BlockClient.open(source, claim=not self._read_only)
+            client = await BlockClient.open(source, claim=not self.read_only)
         except PermissionError as exc:
             if exc.errno == errno.EPERM:
                 raise UserError(
@@ -122,7 +125,7 @@ class Fat(pyfuse3.Operations):
             raise UserError(f"{source}: {exc}") from exc
         try:
             volume = await Volume.open(
-                client, self._store, read_only=self._read_only, utc=self._utc, codepage=self._codepage
+                client, self._store, read_only=self.read_only, utc=self._utc, codepage=self._codepage
             )
         except BaseException:
             await client.aclose()
