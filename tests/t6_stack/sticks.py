@@ -253,6 +253,15 @@ class Desk:
     def _summary(self) -> list[tuple[str, str, str]]:
         return [(row["name"], row["state"], row["text"]) for row in self.rows()]
 
+    def clear(self) -> None:
+        """End everything, whatever it takes; for what a test that failed has left."""
+        for row in self.rows():
+            if row["kind"] == "mount" and not row["lazy"]:
+                with contextlib.suppress(ControlError):
+                    self.call("Unmount", mountpoint=row["mountpoint"], lazy=True)
+        for device in self.call("Devices")["devices"]:
+            self.call("Unplug", name=device["name"])
+
     def nothing_is_left(self, *places: Path) -> None:
         """No mount, no device, no name of a device, no directory that was made for a mount."""
         assert self._summary() == []
