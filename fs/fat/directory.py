@@ -1,8 +1,8 @@
 """One directory: list, find, insert, update, rename and remove entries, in writes that may be cut off anywhere.
 
-Owns: which bytes are written in which order, and the index while the directory is in use.
+Owns: what each of these means, and the index while the directory is in use. (slots.py: where and in which order.)
 Must never: allocate or free clusters (the stream does), follow a chain, or go beyond `Stream.size`.
-Called by: volume.py and operations.py, one change at a time for each directory (a lock here sees to it too).
+Called by: whoever holds the volume. Changes wait for each other here.
 
 A write within 512 bytes is done or not done. So an entry is put where one write does it: in a hole of one sector, or
 at the end; while the directory is small, slots that would make an entry straddle two sectors are marked as deleted
@@ -18,17 +18,18 @@ another system left something there), so that nothing old ever comes back.
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Protocol
 
 import trio
 
 from . import entries, names
 from .damage import Damaged
-from .entries import END, FREE, MAX_SLOTS, PER_SECTOR, SECTOR, SLOT, VOLUME, Entry, Found, Reader, Settings
+from .entries import MAX_SLOTS, SLOT, VOLUME, Entry, Found, Reader, Settings
 from .index import Index, is_listed, place, run
+from .slots import Slots, Stream
+
+__all__ = ["Directory", "Stream"]
 
 # Within the class, `list` is its method.
 Entries = list[Entry]
@@ -36,28 +37,6 @@ Batch = list[Found]
 
 _FIRST = 4 * 1024
 _PIECE = 64 * 1024  # read at once
-_PADDED = 64 * 1024  # directories up to this size waste slots so that no entry straddles sectors
-
-
-class Stream(Protocol):
-    """The bytes of a directory."""
-
-    @property
-    def size(self) -> int:
-        """Allocated bytes: whole clusters, or all of the fixed root."""
-        ...
-
-    async def read(self, offset: int, size: int) -> bytes:
-        """Exactly these bytes."""
-        ...
-
-    async def write(self, offset: int, data: bytes) -> None:
-        """They are on the device when this returns; what lies in one sector is done or not done."""
-        ...
-
-    async def grow(self) -> None:
-        """One cluster of zeros more; OSError with ENOSPC when there is none, or none is possible."""
-        ...
 
 
 class Directory:
@@ -71,7 +50,7 @@ class Directory:
         """*is_fixed*: the root of FAT12 and FAT16, which cannot grow."""
         self._stream = stream
         self._settings = settings
-        self._is_fixed = is_fixed
+        self._slots = Slots(stream, is_fixed)
         self._index: Index | None = None
         self._lock = trio.Lock()
 
@@ -175,29 +154,30 @@ class Directory:
                 modified_ns=modified_ns,
                 accessed_ns=accessed_ns,
             )
-            return self._put(index, await self._write(index, raw, units if needs_long else b""))
+            return self._put(index, await self._slots.write(index, raw, units if needs_long else b""))
 
     async def update(self, entry: Entry, **changes: int) -> Entry:
         """Change attributes, cluster, size, created_ns, modified_ns or accessed_ns, in one write."""
-        async with self._changing() as index:
-            found = await self._same(index, entry)
+        async with self._lock, self._or_forget():
+            found = await self._same(entry)
             raw = entries.patch(found.raw, self._settings, changes)
             if raw != found.raw:
-                await self._stream.write((found.slot + found.slots - 1) * SLOT, raw)
+                await self._slots.patch(found.slot + found.slots - 1, raw)
             return entries.entry(found._replace(raw=raw), entry.name, self._settings)
 
     async def remove(self, entry: Entry) -> None:
         """Remove an entry; its clusters are the caller's."""
-        async with self._changing() as index:
-            found = await self._same(index, entry)
-            await self._erase(found)
-            self._drop(index, found)
+        async with self._lock, self._or_forget():
+            found = await self._same(entry)
+            await self._slots.erase(found)
+            if self._index is not None:
+                self._drop(self._index, found)
 
     async def rename(self, entry: Entry, new_name: str) -> Entry:
         """Give it another name in this directory. FileExistsError when another entry has that, long or short."""
         new_name, units = names.checked(new_name)
         async with self._changing() as index:
-            found = await self._same(index, entry)
+            found = await self._same(entry)
             here = place(found.slot, found.slots)
             if index.find(new_name) not in (None, here):
                 raise FileExistsError(errno.EEXIST, "the name exists")
@@ -207,49 +187,32 @@ class Directory:
                 units = b""
             slots = -(-len(units) // entries.LONG_BYTES) + 1
             slot = index.hole_near(found, slots)
-            if slot is None or slot + slots > self._capacity():
+            if slot is None or slot + slots > self._slots.capacity():
                 # For a moment both are there: with the same short name they would be one too many.
                 short, case, needs_long = index.choose(new_name)
                 raw = entries.renamed(found.raw, short, case)
-                new = await self._write(index, raw, names.checked(new_name)[1] if needs_long else b"")
-                await self._erase(found)
+                new = await self._slots.write(index, raw, names.checked(new_name)[1] if needs_long else b"")
+                await self._slots.erase(found)
             else:
                 new = Found(raw, units, slot, slots)
-                await self._move(index, found, new)
+                await self._slots.move(index, found, new)
             self._drop(index, found)
             return self._put(index, new)
 
     async def clear_orphans(self) -> int:
         """Delete long-name slots without an entry: what a change that was cut off leaves. How many there were."""
         async with self._changing() as index:
-            offset, cleared, end = 0, 0, index.end * SLOT
-            while offset < end:
-                piece = bytearray(await self._stream.read(offset, min(_PIECE, end - offset)))
-                for at in range(0, len(piece), SECTOR):
-                    first = (offset + at) // SLOT
-                    last = min(first + PER_SECTOR, index.end)
-                    wrong = [
-                        n for n in range(first, last) if index.free >> n & 1 and piece[at + (n - first) * SLOT] != FREE
-                    ]
-                    if wrong:
-                        image = piece[at : at + (last - first) * SLOT]
-                        for slot in wrong:
-                            _delete(image, slot - first, 1)
-                        await self._stream.write(first * SLOT, bytes(image))
-                        cleared += len(wrong)
-                offset += len(piece)
-            return cleared
+            return await self._slots.clear_orphans(index)
 
     # How: reading
 
-    def _capacity(self) -> int:
-        return min(self._stream.size // SLOT, MAX_SLOTS)
-
     async def _more(self, reader: Reader) -> Batch | None:
         """What the next piece of the directory has; None behind the end mark."""
-        offset, end = reader.slot * SLOT, self._capacity() * SLOT
+        offset, end = reader.slot * SLOT, self._slots.capacity() * SLOT
         if reader.ended or offset >= end:
             return None
+        if offset:  # a large directory takes a while, and may be all in a cache
+            await trio.lowlevel.checkpoint()
         # A little first: most directories are small, and their clusters need not be.
         piece = await self._stream.read(offset, min(max(_FIRST, offset), _PIECE, end - offset))
         if len(piece) < SLOT:
@@ -276,35 +239,38 @@ class Directory:
         return index
 
     async def _load(self, slot: int, slots: int) -> Found:
-        if slot + slots <= self._capacity():
+        if slot + slots <= self._slots.capacity():
             for found in Reader(slot).feed(await self._stream.read(slot * SLOT, slots * SLOT)):
                 if found.slot == slot and found.slots == slots:
                     return found
         raise Damaged(f"there is no entry of {slots} slots at slot {slot} of the directory")
 
-    async def _same(self, index: Index, entry: Entry) -> Found:
+    async def _same(self, entry: Entry) -> Found:
         """The entry as it is now. FileNotFoundError when it is not there any more."""
         with suppress(Damaged):
             found = await self._load(entry.slot, entry.slots)
-            if found.raw[:11] == entry.short and index.name_of(found):
+            if found.raw[:11] == entry.short and is_listed(found):
                 return found
         raise FileNotFoundError(errno.ENOENT, "the entry is not in the directory any more")
 
-    # How: writing
+    # How: changes
 
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[Index]:
-        """Alone, with the index, which is forgotten when anything goes wrong: what was written by then is unknown."""
-        async with self._lock:
-            try:
-                yield self._index or await self._read_index(None)
-            except OSError as exc:
-                if not isinstance(exc, (FileExistsError, FileNotFoundError)):
-                    self._index = None
-                raise
-            except BaseException:
+        """Alone, with the index."""
+        async with self._lock, self._or_forget():
+            yield self._index or await self._read_index(None)
+
+    @asynccontextmanager
+    async def _or_forget(self) -> AsyncIterator[None]:
+        """When a change breaks off after a write began, nobody knows what is there: the index is made again."""
+        self._slots.is_touched = False
+        try:
+            yield
+        except BaseException:
+            if self._slots.is_touched:
                 self._index = None
-                raise
+            raise
 
     def _drop(self, index: Index, found: Found) -> None:
         index.drop(found)
@@ -313,90 +279,3 @@ class Directory:
 
     def _put(self, index: Index, found: Found) -> Entry:
         return entries.entry(found, index.add(found), self._settings)
-
-    async def _write(self, index: Index, raw: bytes, units: bytes) -> Found:
-        """Write an entry where there is room, the long name first. Its names are not in the index yet."""
-        data = (entries.long_slots(units, raw[:11]) if units else b"") + raw
-        slots = len(data) // SLOT
-        slot = await self._room(index, slots)
-        # From behind: what is to end at a sector's edge for a moment must not show what was left there.
-        for _, last in reversed(_sectors(slot, slots)):
-            await self._end_at(index, last)
-        for first, last in _sectors(slot, slots):
-            await self._stream.write(first * SLOT, data[(first - slot) * SLOT : (last - slot) * SLOT])
-        index.take(slot, slots)
-        return Found(raw, units, slot, slots)
-
-    async def _room(self, index: Index, slots: int) -> int:
-        """Where there are so many slots: in a hole of one sector, at the end, in any hole, in a new cluster."""
-        if (slot := index.hole(slots, in_one_sector=True)) is not None:
-            return slot
-        end = index.end
-        left = -end % PER_SECTOR  # in the sector of the end
-        skip = left if left < slots <= PER_SECTOR and end < self._padded() else 0
-        if end + slots > self._capacity():
-            if (slot := index.hole(slots, in_one_sector=False)) is not None:
-                return slot
-            skip = await self._grow(end, skip, slots)
-        elif end + skip + slots > self._capacity():
-            skip = 0
-        if skip:
-            await self._end_at(index, end + skip)
-            await self._stream.write(end * SLOT, bytes((FREE,)).ljust(SLOT, b"\0") * skip)
-            index.pass_by(end + skip)
-        return end + skip
-
-    def _padded(self) -> int:
-        """Up to which slot room is wasted: in a large directory, and in half of the fixed root, it matters more."""
-        return min(_PADDED, self._stream.size // 2 if self._is_fixed else _PADDED) // SLOT
-
-    async def _grow(self, end: int, skip: int, slots: int) -> int:
-        """Grow until the entry fits. How many slots may be skipped for it."""
-        if end + skip + slots > MAX_SLOTS:
-            skip = 0
-        if end + slots > MAX_SLOTS:
-            raise OSError(errno.ENOSPC, "the directory is full: FAT gives it 65,536 entries of 32 bytes")
-        if self._is_fixed:
-            raise OSError(errno.ENOSPC, "the root directory of this volume is full, and cannot grow")
-        while end + skip + slots > self._capacity():
-            before = self._stream.size
-            await self._stream.grow()
-            if self._stream.size <= before:
-                raise Damaged("the directory does not grow")
-        return skip
-
-    async def _end_at(self, index: Index, end: int) -> None:
-        """See to it that what is written up to here ends the directory."""
-        if index.end < end < self._capacity() and (await self._stream.read(end * SLOT, SLOT))[0] != END:
-            await self._stream.write(end * SLOT, bytes(SLOT))
-
-    async def _move(self, index: Index, old: Found, new: Found) -> None:
-        """Replace an entry by another in the same sector, in one write."""
-        await self._end_at(index, new.slot + new.slots)
-        first = min(old.slot, new.slot)
-        last = max(old.slot + old.slots, new.slot + new.slots)
-        image = bytearray(await self._stream.read(first * SLOT, (last - first) * SLOT))
-        _delete(image, old.slot - first, old.slots)
-        data = (entries.long_slots(new.units, new.raw[:11]) if new.units else b"") + new.raw
-        at = (new.slot - first) * SLOT
-        image[at : at + len(data)] = data
-        await self._stream.write(first * SLOT, bytes(image))
-
-    async def _erase(self, found: Found) -> None:
-        """Mark an entry's slots as deleted, the short entry first."""
-        for first, last in reversed(_sectors(found.slot, found.slots)):
-            image = bytearray(await self._stream.read(first * SLOT, (last - first) * SLOT))
-            _delete(image, 0, last - first)
-            await self._stream.write(first * SLOT, bytes(image))
-
-
-def _sectors(slot: int, slots: int) -> list[tuple[int, int]]:
-    """A run of slots in pieces that are written as one: (first, behind the last)."""
-    end = slot + slots
-    edges = [slot, *range((slot // PER_SECTOR + 1) * PER_SECTOR, end, PER_SECTOR), end]
-    return list(itertools.pairwise(edges))
-
-
-def _delete(image: bytearray, first: int, slots: int) -> None:
-    for slot in range(first, first + slots):
-        image[slot * SLOT] = FREE

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from . import entries
 from .damage import Damaged
-from .directory import Stream
 from .entries import DOTDOT, SLOT, Settings
+from .slots import Stream
 
 
 async def parent(stream: Stream, settings: Settings) -> int:

@@ -7,9 +7,9 @@ Called by: directory.py.
 A name of a bad image that nobody could ask for (none at all, '.', one that an earlier entry has) is replaced by the
 entry's short one, and where that does not help either the entry is skipped and counted.
 
-Memory: about 200 bytes for each name, twice that with a long one: at most 65,536 of either. An entry that is short is
-found by its 11 bytes alone. What is free is one integer with a bit for each slot before the end mark, 8 KiB at most,
-so that finding room is a few shifts of it however large the directory.
+Memory: about 120 bytes for a short name and 210 for a long one, so 8 MB for a directory that is full of either. An
+entry that is short is found by its 11 bytes alone. What is free is one integer with a bit for each slot before the end
+mark, 8 KiB at most, so that finding room is a few shifts of it however large the directory.
 """
 
 from __future__ import annotations
@@ -151,6 +151,10 @@ class Index:
         if end > self.end:
             self.free |= (1 << end) - (1 << self.end)
             self.end = end
+
+    def is_free(self, slot: int) -> bool:
+        """Whether a slot before the end mark is nobody's."""
+        return bool(self.free >> slot & 1)
 
     def hole(self, slots: int, *, in_one_sector: bool) -> int | None:
         """The first run of free slots before the end mark."""

@@ -251,7 +251,7 @@ class Numbers:
     """Which number to try next, for each beginning of a short name: nothing is tried twice in a directory's life."""
 
     _LONGEST = 6  # digits
-    _MOST = 65536  # beginnings that are remembered
+    _MOST = 8192  # beginnings that are remembered
 
     def __init__(self) -> None:
         self._next: dict[tuple[bytes, int, bytes], int] = {}

@@ -12,7 +12,7 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,10 @@ import pytest
 import trio
 
 from tests.t1_block.lab import serving, uri
-from tests.t3_fs.directmount import load_driver
 from udf import BlockDriver, DeviceGone, Store
+from udf.host.load import load_class
 
+TREE = Path(__file__).resolve().parents[2]
 SECTOR = 512
 ROOT = pyfuse3.ROOT_INODE
 CONTEXT = SimpleNamespace(uid=0, gid=0, umask=0o022, pid=1)
@@ -104,7 +105,8 @@ def _reply(token: _Listing, name: bytes, attributes: Any, following: int) -> boo
 @functools.cache
 def driver() -> type[Any]:
     """The class that is tested, loaded once."""
-    return load_driver("fat")
+    path = os.environ.get("FAT_DRIVER", str(TREE / "fs" / "fat" / "__init__.py"))
+    return load_class(path, "Fat")
 
 
 class Driven:
@@ -156,8 +158,10 @@ class Driven:
         async with self.at(path) as inode:
             return await self._call("getattr", inode, CONTEXT)
 
-    async def listing(self, path: str = "") -> dict[str, Any]:
-        """Name: attributes, without the dots; each name once."""
+    async def listing(
+        self, path: str = "", check: Callable[[str, Any], Awaitable[None]] | None = None
+    ) -> dict[str, Any]:
+        """Name: attributes, without the dots; each name once. `check` is asked while the listed inode is held."""
         found: dict[str, Any] = {}
         async with self.at(path) as inode:
             handle = await self._call("opendir", inode, CONTEXT)
@@ -171,6 +175,8 @@ class Driven:
                     position = following
                     if name in (b".", b".."):
                         continue
+                    if check is not None:
+                        await check(os.fsdecode(name), attributes)
                     await self._forget([attributes.st_ino])
                     assert os.fsdecode(name) not in found, f"{name!r} is listed twice"
                     found[os.fsdecode(name)] = attributes
@@ -225,9 +231,7 @@ class Driven:
 
     async def sync(self) -> None:
         """Everything that was answered is on the device, and the volume is clean."""
-        handle = await self._call("opendir", ROOT, CONTEXT)
-        await self._call("fsyncdir", handle, False)
-        await self._call("releasedir", handle)
+        await self._call("sync")
 
     async def create(self, path: str, data: bytes = b"") -> int:
         """A new file; its inode number."""
@@ -290,13 +294,19 @@ class Driven:
 
 
 @contextlib.asynccontextmanager
-async def driven(
-    medium: Medium, *, store: Store | None = None, clean: bool = True, **options: Any
-) -> AsyncIterator[Driven]:
+async def driven(medium: Medium, *, store: Store | None = None, **options: Any) -> AsyncIterator[Driven]:
     """A driver on a medium, started and, at the end, stopped in order (unless the block was left by an error)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyfuse3, "readdir_reply", _reply)
         async with serving({"disk": medium}) as socket:
-            operations = driver()(uri(socket, "disk"), store=store or Store.temporary(), **{"utc": True, **options})
-            operations.init()
-            yield Driven(operations)
+            own = Store.temporary() if store is None else None
+            operations = driver()(uri(socket, "disk"), store=store or own, **{"utc": True, **options})
+            try:
+                await operations.start()
+                try:
+                    yield Driven(operations)
+                finally:
+                    await operations.stop()
+            finally:
+                if own is not None:
+                    own.close()

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 
 LARGEST = (1 << 32) - 1
-BAD_LETTERS = set('"*/:<>?\\|') | {chr(number) for number in range(32)} | {"\x7f"}
+BAD_LETTERS = set('"*/:<>?\\|') | {chr(number) for number in range(32)}
 
 
 def key(name: str) -> str:
@@ -104,9 +104,10 @@ class World:
         node = self._file(path)
         if size > LARGEST:
             raise OSError(errno.EFBIG, path)
+        if size != len(node.data):
+            node.modified = None
         del node.data[size:]
         node.data.extend(bytes(size - len(node.data)))
-        node.modified = None
 
     def unlink(self, path: str) -> None:
         node = self._file(path)
@@ -148,7 +149,8 @@ class World:
             raise OSError(errno.EEXIST, new)
         del parent.children[key(name)]
         other.children[key(wanted)] = node
-        node.name = wanted.rstrip(".")
+        # What is replaced gives its entry, with the name as it is spelled there, as Linux has it.
+        node.name = wanted.rstrip(".") if target is None or target is node else target.name
         parent.modified = other.modified = None
 
     @staticmethod
@@ -169,7 +171,7 @@ class World:
 # ---- random operations
 
 STEMS = [
-    "a", "b", "file", "FILE", "Mixed", "longer name with spaces", "Longer Name With Other Letters", "LONGER~1",
+    "a", "b", "file", "FILE", "Mixed", "longer name with spaces", "Longer Name With Other Letters", "LONGER",
     "x" * 60, "ünïcödé", "日本語の名前", "dot.dot.dot", ".hidden", "12345678", "123456789", "ab+cd", "[x]", "q" * 200,
 ]  # fmt: skip
 SUFFIXES = ["", "", ".txt", ".TXT", ".Txt", ".longer", ".c"]

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "TZ": "UTC",
     "MTOOLSRC": "/dev/null",
     "HOME": "/nonexistent",
-    "MTOOLS_NO_VFAT": "0",
+    "MTOOLS_SKIP_CHECK": "1",  # its own takes a chain that goes to the very last cluster for damage
 }
 
 
@@ -94,11 +94,19 @@ def check(image: Path, why: str = "") -> None:
 
 
 def repaired(image: Path, *options: str) -> str:
-    """Let fsck.fat repair an image; it must be content the second time. What it did."""
-    done = call("fsck.fat", *(options or ("-a",)), image, check=False)
-    text = (done.stdout + done.stderr).decode(errors="replace")
-    if done.returncode not in (0, 1):
-        raise Verdict(f"fsck.fat gives up with {done.returncode}:\n{text}")
+    """Let fsck.fat repair an image; it must be content the second time. What it did.
+
+    The third time, if a directory had two names (its rename was under way): then fsck.fat makes the second one a
+    directory that begins at cluster 0, which it sees only when it looks again.
+    """
+    text = ""
+    for _ in range(2):
+        done = call("fsck.fat", *(options or ("-a",)), image, check=False)
+        text += (done.stdout + done.stderr).decode(errors="replace")
+        if done.returncode not in (0, 1):
+            raise Verdict(f"fsck.fat gives up with {done.returncode}:\n{text}")
+        if "Truncating second to 0 bytes" not in text:
+            break
     again = call("fsck.fat", "-n", image, check=False)
     if again.returncode:
         raise Verdict(

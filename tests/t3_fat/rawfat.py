@@ -133,6 +133,11 @@ class Image:
             how = mmap.ACCESS_WRITE if in_place else mmap.ACCESS_COPY
             return cls(mmap.mmap(file.fileno(), 0, access=how), offset)
 
+    def close(self) -> None:
+        """Let go of the file."""
+        if isinstance(self.data, mmap.mmap):
+            self.data.close()
+
     def _get(self, at: int, size: int) -> int:
         at += self.offset
         return int.from_bytes(self.data[at : at + size], "little")
@@ -234,6 +239,21 @@ class Image:
         for number, cluster in enumerate(self.chain(first) if first else []):
             self.put(self.place(cluster), data[number * self.cluster :][: self.cluster])
         return first
+
+    def file(self, directory: int, name: str, short: bytes, data: bytes) -> None:
+        """Put a file into a directory."""
+        cluster = self.store(data)
+        slots = long_entries(name, short) if name else b""
+        self.add(directory, slots + short_entry(short, cluster=cluster, size=len(data)))
+
+    def directory(self, parent: int, name: str, short: bytes) -> int:
+        """Put a directory into another; its cluster."""
+        cluster = self.allocate(1)
+        slots = long_entries(name, short) if name else b""
+        self.add(parent, slots + short_entry(short, DIRECTORY, cluster))
+        self.add(cluster, short_entry(b".          ", DIRECTORY, cluster))
+        self.add(cluster, short_entry(b"..         ", DIRECTORY, parent))
+        return cluster
 
     def entries(self, directory: int) -> Iterator[Found]:
         """Everything that is in a directory, without labels and the dots."""

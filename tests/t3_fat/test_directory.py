@@ -370,6 +370,37 @@ async def test_of_equal_names_on_a_bad_volume_each_is_seen_once() -> None:
     assert await d.label() == "LABEL"
 
 
+def apart(entry: Any, data: bytearray) -> None:
+    """Next to an entry there is no part of a long name that is not its own."""
+    for near in (entry.slot - 1, entry.slot + entry.slots):
+        assert near < 0 or data[near * 32] in (0, 0xE5, ord("X"))
+
+
+async def test_what_a_cut_left_is_gone_before_an_entry_is_put_behind_it() -> None:
+    parts = entries.long_slots("a long name of three slots, no less".encode("utf-16-le"), b"NOBODY     ")
+    entry = entries.pack(b"X          ", WIDE, attributes=32, **STAMPS)
+    for left in (parts, parts[:32], parts[32:]):
+        for behind in (b"", entry, b"\xe5" + bytes(31) + entry):
+            for name in ("new", "a new name"):
+                d, stream = open_directory((left + behind).ljust(512, b"\0"))
+                apart(await insert(d, name), stream.data)
+                assert set(await listed(stream.data)) == {name} | {"X" for _ in behind[:1]}
+                d, stream = open_directory((left + entry).ljust(512, b"\0"))
+                apart(await d.rename(await d.find("x"), name), stream.data)
+                sound(stream.data)
+
+
+async def test_changes_to_known_entries_need_no_look_at_the_others() -> None:
+    d, stream = open_directory(cluster=65536)
+    made = [await insert(d, f"F{n}") for n in range(2000)]
+    d.forget()
+    stream.reads = 0
+    later = await d.update(made[5], size=3)
+    await d.remove(made[6])
+    assert stream.reads < 512
+    assert await d.list() == [*made[:5], later, *made[7:]]
+
+
 async def test_a_short_name_is_not_given_that_is_the_long_name_of_another() -> None:
     other = entries.long_slots("alongn~1".encode("utf-16-le"), b"OTHER      ")
     other += entries.pack(b"OTHER      ", WIDE, attributes=32, **STAMPS)

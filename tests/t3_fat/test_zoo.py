@@ -77,7 +77,7 @@ async def test_what_we_write_is_read_identically_by_mtools(tmp_path: Path, geome
             await driver.sync()
     finally:
         medium.close()
-    if not geometry.offset:
+    if not geometry.offset and geometry.fats < 3:  # which is all that fsck.fat can do
         oracle.check(path)
     known = oracle.pictured(top)
     if small_root:
