@@ -179,9 +179,13 @@ class Busy(Message, tag="busy"):
 
 
 class Unmounted(Message, tag="unmounted"):
-    """The mount is gone; `external` when someone else unmounted it."""
+    """The mount is gone; `external` when someone else unmounted it.
+
+    `unsaved`: a sentence, if the driver did not say before that all it had been told is saved.
+    """
 
     external: bool = False
+    unsaved: str = ""
 
 
 class LinkLost(Message, tag="link_lost"):
