@@ -60,7 +60,7 @@ class Change:
         self.adopted: list[int] = []  # of those that are none any more
         self.ahead: list[tuple[int, int]] = []  # files that have clusters in advance from here on
         self.not_ahead: list[tuple[int, int]] = []  # and those that have not any more
-        self.dirty_after = volume.dirty
+        self.leaves_dirty: bool | None = None  # None: as the volume is
         self.nodes: list[Node] = []  # directories whose index is to be built again if this comes to nothing
         self.exchange: tuple[int, bytes, int, bytes] | None = None
 
@@ -99,6 +99,11 @@ class Change:
         if total is None:
             return None
         return total + sum(count for _, count in self.freed) - sum(count for _, count in self.taken)
+
+    @property
+    def dirty_after(self) -> bool:
+        """Whether the volume is marked as in use then."""
+        return self._volume.dirty if self.leaves_dirty is None else self.leaves_dirty
 
     @property
     def next_after(self) -> int:

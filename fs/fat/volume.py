@@ -223,7 +223,7 @@ class Volume:
             change = self.change()
             try:
                 await self._mark(change, True)
-                change.dirty_after = True
+                change.leaves_dirty = True
             except BaseException:
                 change.undo()
                 raise
@@ -336,7 +336,7 @@ class Volume:
                     change.step()
                 if not self._keep_dirty and not self.intents.orphans:
                     await self._mark(change, False)
-                    change.dirty_after = False
+                    change.leaves_dirty = False
             except BaseException:
                 change.undo()
                 raise
