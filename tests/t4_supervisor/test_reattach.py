@@ -273,6 +273,52 @@ async def test_it_may_be_pulled_out_again_and_again(stick: Stick) -> None:
     assert not stick.lease.closed
 
 
+async def test_another_device_with_the_same_serial_number_is_not_taken_for_it(lab: Lab, stick: Stick) -> None:
+    await in_thread(write, stick.data, b"before".ljust(512))  # a whole sector: what is in a part of one is not known
+    await stick.pull()
+    await stick.is_away()
+    other = Storage(size=SIZE, serial="S1")
+    lease = await lab.plug(other)
+    with trio.fail_after(10):
+        assert not await stick.disk.take_back(lease)
+    assert stick.disk.is_waiting
+    assert "has changed" in stick.disk.instance.text
+    assert await stick.plug()  # and the right one is, after that
+    await stick.goes_on()
+    assert (await read(stick.data))[:6] == b"before"
+    assert stick.disk.recovery.restarts_left == 4
+    assert lease.closed
+
+
+async def test_a_device_of_another_size_ends_what_waits_when_the_binder_says_so(lab: Lab, stick: Stick) -> None:
+    await stick.pull()
+    await stick.is_away()
+    lease = await lab.plug(Storage(size=2 * SIZE, serial="S1"))
+    with trio.fail_after(10):
+        assert not await stick.disk.take_back(lease)
+    stick.disk.lose(Reason.CHANGED, "what was plugged in again is not what was pulled out")
+    await stick.is_gone()
+    for endpoint in (stick.volume, stick.disk):
+        assert endpoint.instance.reason is Reason.CHANGED
+        assert "another" in endpoint.instance.text
+
+
+async def test_what_was_written_and_not_synced_is_written_again(lab: Lab, tmp_path: Path) -> None:
+    lease = await lab.plug(Storage(size=SIZE, serial="S1", cache=1 << 20))
+    disk = await lab.start("disk0", STORAGE / "__init__.py", lease)
+    assert isinstance(disk, BlockEndpoint)
+    stick = Stick(lab, lease, disk, await lab.mount(disk, tmp_path / "mnt"))
+    file = os.open(stick.data, os.O_RDWR)
+    assert await in_thread(os.pwrite, file, b"acknowledged", 8192) == 12
+    await stick.pull()
+    await stick.is_away()
+    assert await stick.plug()
+    await stick.goes_on()
+    await in_thread(os.fsync, file)
+    os.close(file)
+    assert (await read(stick.data))[8192:8204] == b"acknowledged"
+
+
 async def test_a_block_shim_that_dies_takes_its_volumes_with_it(stick: Stick) -> None:
     assert stick.disk.shim.pid is not None
     os.kill(stick.disk.shim.pid, signal.SIGKILL)

@@ -277,6 +277,8 @@ class Recovery:
             await self._bell.within(LINK_GRACE, lambda: self._over() or not self._front.linked)
             decision = self._note_death(old, kind, text)
         await self._bring_back(begun, decision)
+        if self.absence.refusal:  # by an operator's restart after a return that came to nothing
+            self.absence.lose(Reason.CHANGED, self.absence.refusal)
 
     async def _bring_back(self, begun: float, decision: Decision) -> None:
         """Start generation after generation as the policy says, until one serves or it says stop."""
@@ -347,19 +349,18 @@ class Recovery:
         if isinstance(front.answer, messages.Attached) and answered():
             return front.answer  # should it be dead by now, that is the death of one that served
         # The end of a process closes its link, so what looks like a breach may be a death that shows in a moment.
-        await self._bell.within(LAST_WORDS, lambda: generation.is_lost or self._over())
-        error = front.answer.error if isinstance(front.answer, messages.Refused) else "it closed its link"
-        if isinstance(front.answer, messages.Refused) and self._is_another_device(generation):
-            self.absence.refusal = sentence(error)
+        error = "it closed its link"
+        if isinstance(front.answer, messages.Refused):
+            error = front.answer.error
+            if front.answer.changed:
+                self.absence.refusal = sentence(error)
+        if not self.absence.refusal:
+            await self._bell.within(LAST_WORDS, lambda: generation.is_lost or self._over())
         generation.condemn(Kind.CONTRACT, f"the {self._endpoint.kind} cannot go on with this driver: {sentence(error)}")
         # The front must have let go of this link before it is offered another one.
         generation.kill()
         await self._bell.until(lambda: answered() or not front.linked)
         return front.answer if isinstance(front.answer, messages.Attached) and not self._over() else None
-
-    def _is_another_device(self, generation: Generation) -> bool:
-        """Whether a refusal is about the device that has come back, or what is on it, and not about its driver."""
-        return self.absence.is_returning and self.absence.tenancy is not None and not generation.is_lost
 
     def _serves(self, generation: Generation, attached: messages.Attached, begun: float) -> None:
         generation.serves(attached.generation)
