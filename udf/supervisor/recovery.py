@@ -174,6 +174,11 @@ class Recovery:
         self._endpoint.tell("poison", operation, f"{what} was given up: the driver died at it each time")
         log.warning("%s: %s was given up, because the driver died at it each time", self._plan.name, what)
 
+    def expect_device(self) -> None:
+        """The device is there again, and will be ours in a moment if it is the same."""
+        if self.absence.is_settled and not self._is_final():
+            self._hosts.prestart()
+
     # ---- the loop
 
     async def run(self) -> None:
@@ -371,7 +376,8 @@ class Recovery:
         if attached.replayed or attached.parked:
             text += f"; requests asked again: {attached.replayed}, that had waited: {attached.parked}"
         if since is not None:
-            reason, text = Reason.REATTACHED, f"the device was plugged in again after {pause / 1000:.1f} s: {text}"
+            reason = Reason.REATTACHED
+            text = f"the device was plugged in again after {pause / 1000:.1f} s, and all goes on ({text})"
             self.absence.serves()
         self._driver.change(State.ACTIVE, reason)
         self._endpoint.change(
