@@ -372,7 +372,8 @@ class Binder:
         seen = self._passes  # a pass that may have begun before the device came says nothing
 
         def is_quiet() -> bool:
-            return self._passes > seen and all(tenant.serves for tenant in self.tenants_of(key))
+            is_due = self._poked.is_set()  # a driver may just have found that this is not its device
+            return self._passes > seen and not is_due and all(tenant.serves for tenant in self.tenants_of(key))
 
         self.poke()
         return await self.bell.within(seconds, is_quiet)
