@@ -36,7 +36,6 @@ class Work:
         self.where = where
         self.stick = stick
         self.rng = rng
-        self.moving: dict[str, str] = {}
         self._number = 0
 
     def some(self) -> None:
@@ -79,7 +78,9 @@ class Work:
             file.write(data)
             if self.rng.random() < 0.5:
                 os.fsync(file.fileno())
+                self.stick.flushed()
                 self.stick.files[path] = data
+        self.stick.flushed()
         self.stick.files[path] = data
 
     def append(self) -> None:
@@ -89,6 +90,7 @@ class Work:
             self.stick.growing.add(path)
             with open(self.where / path, "ab", buffering=0) as file:
                 file.write(data)
+            self.stick.flushed()
             self.stick.files[path] += data
             self.stick.growing.discard(path)
 
@@ -99,16 +101,16 @@ class Work:
             del self.stick.files[path]
             with open(self.where / path, "wb", buffering=0) as file:
                 file.write(data)
+            self.stick.flushed()
             self.stick.files[path] = data
 
     def rename(self) -> None:
         """Another name, perhaps in another directory; under one of them it is there at any time."""
         old, new = self.any(), self.fresh()
         if old:
-            self.moving = {old: new}
+            self.stick.renames(old, new)
             os.rename(self.where / old, self.where / new)
-            self.moving = {}
-            self.stick.files[new] = self.stick.files.pop(old)
+            self.stick.renamed(old, new)
 
     def remove(self) -> None:
         """A file goes."""
@@ -209,14 +211,14 @@ class Week:
     def pulled_busy(self, stick: Stick, work: Work) -> None:
         """In the middle of writing: what was promised is there."""
         self._pull_from_writer(stick, work)
-        self._check_pulled(stick, work)
+        self._check_pulled(stick)
 
     def swapped(self, stick: Stick, work: Work) -> None:
         """Another one is put in instead: it is another one, and nothing of the first is written to it."""
         if self.rng.random() < 0.5:
             self._pull_from_writer(stick, work)
         self.desk.unplug(stick)
-        self._check_pulled(stick, work)
+        self._check_pulled(stick)
         other = self.rng.choice([each for each in self.sticks if each is not stick])
         theirs = self._plugged(other, Work)
         theirs.look()
@@ -229,7 +231,7 @@ class Week:
         """It comes back, but another computer has written to it: not a bit of what it was goes on."""
         held = self._hold(work)
         self.desk.unplug(stick)
-        self._check_pulled(stick, work)
+        self._check_pulled(stick)
         stick.put(f"elsewhere {self.rng.randrange(1000)}.txt", self.rng.randbytes(5000))
         before = stick.found()
         again = self._plugged(stick, Work)
@@ -271,7 +273,7 @@ class Week:
         try:
             self.desk.unplug(stick)
             self.desk.until_state(work.where, "DETACHED")
-            self._check_pulled(stick, work)
+            self._check_pulled(stick)
             self.desk.umount(work.where, lazy=held >= 0)
         finally:
             with contextlib.suppress(OSError):
@@ -306,13 +308,12 @@ class Week:
         assert writer.error.errno == errno.ENODEV, writer.error
         assert writer.took < BOUND, f"it was told after {writer.took:.2f} s"
 
-    def _check_pulled(self, stick: Stick, work: Work) -> None:
+    def _check_pulled(self, stick: Stick) -> None:
         """What was promised is on it; then it is repaired, and what is on it now is what is on it."""
-        stick.check(clean=False, why="pulled", moving=work.moving)
+        stick.check(clean=False, why="pulled")
         self.desk.unplug(stick)
         stick.repair()
-        stick.growing.clear()
-        stick.files = stick.found()
+        stick.restart()
 
     # ---- what is told
 

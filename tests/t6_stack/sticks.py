@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Stick:
     name: str = ""
     files: dict[str, bytes] = field(default_factory=dict)  # what must be on it, whatever happens
     growing: set[str] = field(default_factory=set)  # those that may have more behind that
+    others: dict[str, set[str]] = field(default_factory=dict)  # names under which they may be found instead
 
     @classmethod
     def made(
@@ -91,12 +92,30 @@ class Stick:
         seen = oracle.extracted(self.image, scratch, offset=self.offset)
         return {name: data for name, (data, _) in seen.items() if data is not None}
 
-    def check(self, *, clean: bool, why: str = "", moving: Mapping[str, str] | None = None) -> dict[str, bytes]:
+    def renames(self, old: str, new: str) -> None:
+        """A rename is under way: the file has the one name or the other."""
+        self.others.setdefault(old, set()).add(new)
+
+    def renamed(self, old: str, new: str) -> None:
+        """It is done, though it may be undone by a cut until something is flushed."""
+        self.files[new] = self.files.pop(old)
+        self.others[new] = (self.others.pop(old) | {old}) - {new}
+
+    def flushed(self) -> None:
+        """Something was: all that was done before is there for good."""
+        self.others.clear()
+
+    def restart(self) -> None:
+        """What is on it now is what must be on it; it must not be plugged in."""
+        self.growing.clear()
+        self.others.clear()
+        self.files = self.found()
+
+    def check(self, *, clean: bool, why: str = "") -> dict[str, bytes]:
         """What must be on it is; `clean`: without a repair, else after one by `fsck.fat -a`. Gives all that is there.
 
-        `moving`: a file that was about to get another name may have either. The stick itself is left as it is.
+        The stick itself is left as it is.
         """
-        moving = moving or {}
         with self._volume() as volume:
             if clean:
                 oracle.check(volume.image, why)
@@ -106,7 +125,7 @@ class Stick:
         lost = {
             path: (len(data), None if path not in found else len(found[path]))
             for path, data in self.files.items()
-            if not any(self._is_kept(path, data, found.get(name)) for name in (path, moving.get(path, path)))
+            if not any(self._is_kept(path, data, found.get(name)) for name in (path, *self.others.get(path, ())))
         }
         assert not lost, f"{why}: what was promised is not there (size, size found): {lost}; found {sorted(found)}"
         return found

@@ -60,7 +60,6 @@ class Copying:
     def __init__(self, root: Path, stick: Stick, rng: random.Random) -> None:
         self.root = root
         self.stick = stick
-        self.moving: dict[str, str] = {}  # what has the one name or the other
         self.slowest = 0.0  # of the calls that failed
         self._done = 0
         self._open: dict[str, int] = {}
@@ -121,6 +120,7 @@ class Copying:
 
     def _sync(self, name: str, data: bytes) -> None:
         os.fsync(self._open[name])
+        self.stick.flushed()
         self.stick.files[name] = data
 
     def _mkdir(self, name: str) -> None:
@@ -128,13 +128,12 @@ class Copying:
             os.mkdir(self.root / name)
 
     def _rename(self, old: str, new: str) -> None:
-        self.moving = {old: new}
+        self.stick.renames(old, new)
         try:
             os.rename(self.root / old, self.root / new)
         except FileNotFoundError:
             os.stat(self.root / new)
-        self.moving = {}
-        self.stick.files[new] = self.stick.files.pop(old)
+        self.stick.renamed(old, new)
 
 
 def numbers(finished: Callable[[], int]) -> Iterator[int]:
@@ -204,7 +203,7 @@ def test_a_copy_that_a_pulled_stick_interrupts_is_finished_when_it_is_back(
             if error is not None:
                 assert error.errno == errno.ENODEV, (why, program.progress, error)
                 trial.met.append(number)
-                program.stick.check(clean=False, why=why, moving=program.moving)
+                program.stick.check(clean=False, why=why)
                 desk.until_state(trial.root, "DETACHED")
                 desk.replug(program.stick)
                 desk.until_state(trial.root, "ACTIVE")
