@@ -45,7 +45,6 @@ TEST_PACKAGES=(
   'qemu-utils       : command -v qemu-nbd'
   'fio              : command -v fio'
   'usbip            : command -v usbip || test -x /usr/sbin/usbip'
-  'mtools           : command -v mcopy'
   'dosfstools       : command -v mkfs.vfat || test -x /sbin/mkfs.vfat'
   'mtools           : command -v mcopy'
   'erofs-utils      : command -v mkfs.erofs'

@@ -191,7 +191,7 @@ class Change:
         volume = self._volume
         if self._loose:
             self.step()
-        if not self._steps and not self.orphans and not self.adopted:
+        if not (self._steps or self.orphans or self.adopted or self.ahead or self.not_ahead):
             self._sectors.pinned.clear()
             return
         try:

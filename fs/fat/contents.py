@@ -21,11 +21,12 @@ from udf import still_working
 
 from .ahead import Ahead
 from .chain import Chain
-from .change import Change, Run
+from .change import Change, Run, no_space
 from .damage import Damaged
 from .device import Data
 from .entries import ARCHIVE, Entry
 from .nodes import Node, Nodes
+from .reserve import Reserve
 from .volume import MOST, Volume
 
 _ZEROS = 8 << 20  # bytes that are made zero at once
@@ -39,6 +40,8 @@ class Contents:
     def __init__(self, volume: Volume, nodes: Nodes) -> None:
         self._volume = volume
         self._nodes = nodes
+        self.reserve = Reserve(volume, nodes)
+        volume.before_order = self.reserve.give_back
 
     def chain(self, node: Node) -> Chain:
         """The chain of a file. Damaged."""
@@ -123,33 +126,61 @@ class Contents:
         volume = self._volume
         volume.check()
         size = node.file_entry.size
-        end = offset + len(data)
         chain = self.chain(node)
         runs: list[Run] = []
+        if offset + len(data) > size:
+            runs, room = await self._more(node, chain, offset + len(data), len(data) if offset == size else 0)
+            if room <= offset:
+                volume.free.put_back(runs)
+                raise no_space()
+            data = data[: room - offset] if room < offset + len(data) else data
+        node.written = True
         try:
-            if end > size:
-                runs = await self._more(chain, size, end)
+            try:
                 if offset > size:
                     await self._zero(chain, runs, size, offset - size)
-            node.written = True
-            places = await self._whole_places(chain, runs, offset, len(data))
-            await volume.device.write_all(_cut(data, places))
-        except BaseException:
-            volume.free.put_back(runs)
-            raise
+                pieces = _cut(data, await self._whole_places(chain, runs, offset, len(data)))
+            except BaseException:
+                volume.free.put_back(runs)
+                raise
+            if runs:
+                await self._fill_and_link(node, chain, runs, pieces)
+            else:
+                await volume.device.write_all(pieces)
         finally:
             if node.ahead is not None:
                 node.ahead.drop()
-        await self._enter(node, chain, runs, max(end, size))
+        await self._enter(node, chain, max(offset + len(data), size))
         return len(data)
 
-    async def _more(self, chain: Chain, size: int, end: int) -> list[Run]:
-        """The clusters that a file needs to grow to its new end."""
+    async def _more(self, node: Node, chain: Chain, end: int, appended: int) -> tuple[list[Run], int]:
+        """The clusters that a file needs to grow to its new end, or what there is; and how long it can become so."""
+        cluster = self._volume.cluster
         have = await chain.all()
-        if have < self._volume.clusters(size):
+        if have < self._volume.clusters(node.file_entry.size):
             raise Damaged("a file is longer than its chain of clusters")
         missing = self._volume.clusters(end) - have
-        return await self._volume.take(missing, chain.last + 1 if have else 0) if missing > 0 else []
+        runs = await self.reserve.take(node, chain, missing, appended) if missing > 0 else []
+        return runs, (have + sum(count for _, count in runs)) * cluster
+
+    async def _fill_and_link(self, node: Node, chain: Chain, runs: list[Run], pieces: list[tuple[int, Data]]) -> None:
+        """Write contents while their clusters become part of the chain: what is behind the size is nobody's yet."""
+        failures: list[OSError] = []
+
+        async def fill() -> None:
+            try:
+                await self._volume.device.write_all(pieces)
+            except OSError as exc:
+                failures.append(exc)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fill)
+            try:
+                await self.reserve.link(node, chain, runs)
+            except OSError as exc:
+                failures.insert(0, exc)
+        if failures:
+            raise failures[0]
 
     async def _whole_places(self, chain: Chain, runs: list[Run], offset: int, size: int) -> list[Run]:
         """Where a range is of a file with clusters that are not part of it yet."""
@@ -174,30 +205,20 @@ class Contents:
                 await self._volume.device.zero(at, min(_ZEROS, place + length - at))
                 still_working()
 
-    async def _enter(self, node: Node, chain: Chain, runs: list[Run], size: int) -> None:
-        """Make new clusters, a new size and the time of the change part of the file."""
+    async def _enter(self, node: Node, chain: Chain, size: int) -> None:
+        """Make a new size, the chain and the time of the change part of the entry."""
         now = time.time_ns()
         entry = node.file_entry
-        if (
-            not runs
-            and size == entry.size
-            and (node.removed or (entry.modified_ns // _PAIR == now // _PAIR and entry.attributes & ARCHIVE))
-        ):
+        is_same = size == entry.size and entry.modified_ns // _PAIR == now // _PAIR and entry.attributes & ARCHIVE
+        if is_same and (entry.cluster or not chain.first):
             self._volume.changed()
             return
         fields = {"size": size, "modified_ns": now, "attributes": entry.attributes | ARCHIVE}
-        async with self._volume.change(runs) as change:
-            if runs:
-                await self._volume.table.link(change, runs, chain.last)
-                if not chain.first:
-                    fields["cluster"] = runs[0][0]
-                    if node.removed:
-                        change.orphans.append(runs[0][0])
-                        self._volume.in_use.add(runs[0][0])
+        async with self._volume.change() as change:
+            self.reserve.enter(change, node, chain, fields)
             entry = await self.update(change, node, fields)
-        if runs:
-            chain.append(runs)
         node.entry = entry
+        self.reserve.entered(node, chain)
 
     async def update(self, change: Change, node: Node, fields: dict[str, int]) -> Entry:
         """Change the entry; what it is then, for when the change is done."""
@@ -234,16 +255,20 @@ class Contents:
                 node.entry = entry
 
     async def _extend(self, node: Node, size: int) -> None:
-        self._volume.check()
+        volume = self._volume
+        volume.check()
         chain = self.chain(node)
         old = node.file_entry.size
-        runs = await self._more(chain, old, size)
+        runs, room = await self._more(node, chain, size, 0)
         try:
+            if room < size:
+                raise no_space()
             await self._zero(chain, runs, old, size - old)
         except BaseException:
-            self._volume.free.put_back(runs)
+            volume.free.put_back(runs)
             raise
-        await self._enter(node, chain, runs, size)
+        await self.reserve.link(node, chain, runs)
+        await self._enter(node, chain, size)
 
     async def _shorten(self, node: Node, size: int) -> None:
         volume = self._volume
@@ -259,6 +284,7 @@ class Contents:
             if node.removed and chain.first and not keep:
                 change.adopted.append(chain.first)
                 volume.in_use.discard(chain.first)
+            self.reserve.forget(change, node)
             await volume.release(change, chain, keep)
         node.entry = entry
         chain.cut(keep)
@@ -273,6 +299,8 @@ class Contents:
     async def give_up(self, change: Change, entry: Entry, node: Node | None, *, is_open: bool) -> None:
         """Free the clusters of what has lost its entry; at once, unless somebody has the file open."""
         volume = self._volume
+        if node is not None and not node.is_directory:
+            self.reserve.forget(change, node)
         if node is not None and is_open and not node.is_directory:
             if entry.cluster:
                 change.orphans.append(entry.cluster)
@@ -289,12 +317,18 @@ class Contents:
             node.ahead.drop()
         if node.removed and not node.is_directory:
             self._volume.abandon(node.chain.first if node.chain is not None else node.cluster)
+        elif node.chain is not None and node.chain.first and not node.cluster:
+            self._volume.abandon(node.chain.first)  # it was never entered: the write failed
+            node.chain = None
 
     async def flush(self, node: Node) -> None:
         """Until what was written to the file is durable."""
         if node.written:
             node.written = False
             try:
+                if self.reserve.has(node):
+                    async with node.turn:
+                        await self.reserve.trim(node)
                 await self._volume.flush()
             except BaseException:
                 node.written = True

@@ -111,9 +111,12 @@ class Free:
 
     # ---- taking
 
-    async def take(self, want: int, goal: int = 0) -> list[Run]:
-        """So many clusters, at *goal* and behind it if that is free. They must be used or put back. ENOSPC."""
-        if self.total is not None and not self._unsure and want > self.total:
+    async def take(self, want: int, goal: int = 0, *, partial: bool = False) -> list[Run]:
+        """So many clusters, at *goal* and behind it if that is free. They must be used or put back.
+
+        ENOSPC when there are not so many; *partial*: only when there is none at all.
+        """
+        if not partial and self.total is not None and not self._unsure and want > self.total:
             raise no_space()
         runs: list[Run] = []
         try:
@@ -126,7 +129,7 @@ class Free:
             if want:
                 want -= await self._whole(runs, want)
             if want:
-                await self._pieces(runs, want)
+                await self._pieces(runs, want, partial)
         except BaseException:
             self.put_back(runs)
             raise
@@ -157,7 +160,7 @@ class Free:
             window, at = (window + 1) % self._windows, 0
         return 0
 
-    async def _pieces(self, runs: list[Run], want: int) -> None:
+    async def _pieces(self, runs: list[Run], want: int, partial: bool) -> None:
         """Take what there is, all around the volume."""
         window, at = divmod(self.next, WINDOW)
         for _ in range(self._windows + 1):
@@ -169,12 +172,14 @@ class Free:
                 if not want:
                     return
             window, at = (window + 1) % self._windows, 0
-        raise no_space()
+        if not partial or not runs:
+            raise no_space()
 
     # ---- what became of it
 
     def put_back(self, runs: list[Run]) -> None:
         """They were not used."""
+        runs = [run for run in runs if run in self._taken]
         self._taken.difference_update(runs)
         self._change(runs, 1)
 

@@ -85,7 +85,7 @@ class Intents:
             orphans = [first for first in (*orphans, *change.orphans) if first not in change.adopted]
         ahead = now.ahead
         if change.ahead or change.not_ahead:
-            ahead = sorted({*ahead, *change.ahead} - set(change.not_ahead))
+            ahead = sorted(set(ahead) - set(change.not_ahead) | set(change.ahead))
         self._append(
             Record(
                 now.volume,

@@ -38,6 +38,7 @@ from .stream import ChainStream, RootStream
 from .volume import Volume
 
 _YEAR = 365 * 86400  # nothing but this mount changes the volume
+_ONCE = 1e-6  # the shim takes this for "do not keep it", even on a mount that nobody else changes
 _BLKSIZE = 128 * 1024  # what programs take as their buffer: one message for each
 _NAME_MAX = 255
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -49,7 +50,7 @@ _COUNTING = 1.0  # seconds that statfs waits until it is counted what is free
 
 _NO_ENTRY = EntryAttributes()
 _NO_ENTRY.st_ino = 0
-_NO_ENTRY.entry_timeout = 0
+_NO_ENTRY.entry_timeout = _ONCE
 
 
 class Handle:
@@ -273,7 +274,7 @@ class Fat(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         try:
             await self._node(pyfuse3.ROOT_INODE)
-            free = await self.volume.count_free(_COUNTING)
+            free = await self.volume.count_free(_COUNTING) + self._contents.reserve.surplus()
         except OSError as exc:
             raise self._refusal(exc) from None
         found = StatvfsData()
@@ -298,7 +299,7 @@ class Fat(pyfuse3.Operations):
         with self._nodes.held(node):
             found = await self._attributes(node)
             if node.entry is not None and names.to_kernel(node.entry.name) != name:
-                found.entry_timeout = 0
+                found.entry_timeout = _ONCE
             node.lookups += 1
         return found
 
@@ -440,7 +441,7 @@ class Fat(pyfuse3.Operations):
                 node = self._nodes.known(parent, entry)
                 await self._contents.give_up(change, entry, node, is_open=node is not None and node.opens > 0)
                 await self._contents.touch(change, parent, time.time_ns())
-            self._gone(node)
+            self._gone(node, parent, entry, name)
         except OSError as exc:
             raise self._refusal(exc) from None
 
@@ -457,7 +458,7 @@ class Fat(pyfuse3.Operations):
                 await self._contents.give_up(change, entry, node, is_open=node is not None and node.opens > 0)
                 await self._contents.touch(change, parent, time.time_ns())
                 parent.subdirectories = -1
-            self._gone(node)
+            self._gone(node, parent, entry, name)
         except OSError as exc:
             raise self._refusal(exc) from None
 
@@ -467,10 +468,18 @@ class Fat(pyfuse3.Operations):
             raise FileNotFoundError(errno.ENOENT, "no such name")
         return entry
 
-    def _gone(self, node: Node | None) -> None:
+    def _gone(self, node: Node | None, parent: Node, entry: Entry, name: bytes) -> None:
+        """An entry was removed by this name."""
+        own = names.to_kernel(entry.name)
+        if own != name:
+            self._invalidate(parent, own)
         if node is not None:
             self._nodes.remove(node)
             self._nodes.release(node)
+
+    def _invalidate(self, parent: Node, name: bytes) -> None:
+        """The kernel may know something by this name that is not what is there."""
+        pyfuse3.invalidate_entry_async(parent.ino, name, 0, True)
 
     # ---- renaming
 
@@ -489,6 +498,8 @@ class Fat(pyfuse3.Operations):
             parents = await self._folder(parent_inode_old), await self._folder(parent_inode_new)
             rename = Rename(self.volume, self._nodes, self._contents, parents)
             await rename.run(names.from_kernel(name_old), names.from_kernel(name_new), flags)
+            for parent, name in rename.stale:
+                self._invalidate(parent, name)
         except OSError as exc:
             raise self._refusal(exc) from None
 

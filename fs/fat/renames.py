@@ -13,7 +13,7 @@ import errno
 import time
 from contextlib import AsyncExitStack
 
-from . import dots
+from . import dots, names
 from .contents import Contents
 from .directory import Directory
 from .entries import Entry
@@ -32,8 +32,10 @@ class Rename:
         self._contents = contents
         self._parent, self._new_parent = parents
         self._held: list[Node] = []
+        self.stale: list[tuple[Node, bytes]] = []  # names by which the kernel knows something else than is there now
         self._moves: list[tuple[Node, Node, Entry]] = []  # what to note when all is done
         self._removed: Node | None = None
+        self._reserve = contents.reserve
 
     async def run(self, name: str, new_name: str, flags: int) -> None:
         """Do it all."""
@@ -61,10 +63,14 @@ class Rename:
                 self._nodes.release(node)
 
     async def _run(self, name: str, new_name: str, flags: int) -> None:
+        self._new_name = new_name
         source, target = await self._old.find(name), await self._new.find(new_name)
         if source is None:
             raise FileNotFoundError(errno.ENOENT, "no such name")
         node = self._hold(self._parent, source)
+        self._spelled(self._parent, source, name)
+        if target is not None:
+            self._spelled(self._new_parent, target, new_name)
         if target is not None and flags & NOREPLACE:
             raise FileExistsError(errno.EEXIST, "the name exists")
         if node.is_directory and self._new_parent.is_at_or_below(node):
@@ -77,7 +83,7 @@ class Rename:
         other = self._hold(self._new_parent, target)
         if other is node:
             if not flags & EXCHANGE and target.name != new_name:
-                self._moves.append((node, self._parent, await self._careful(source, new_name)))
+                self._note(node, self._parent, await self._careful(source, new_name))
         elif flags & EXCHANGE:
             if other.is_directory and self._parent.is_at_or_below(other):
                 raise OSError(errno.EINVAL, "a directory cannot be moved below itself")
@@ -85,11 +91,23 @@ class Rename:
         else:
             await self._replace(node, source, other, target)
 
+    def _spelled(self, parent: Node, entry: Entry, name: str) -> None:
+        """The kernel renames what it calls *name*; it may know it by the entry's own spelling too."""
+        if entry.name != name:
+            self.stale += [(parent, names.to_kernel(entry.name)), (parent, names.to_kernel(name))]
+
     def _hold(self, parent: Node, entry: Entry) -> Node:
         node = self._nodes.of(parent, entry)
         node.opens += 1
         self._held.append(node)
         return node
+
+    def _note(self, node: Node, parent: Node, entry: Entry) -> None:
+        """This entry is the node's when all is done."""
+        self._reserve.moved(self._change, node, parent, entry.slot + entry.slots - 1)
+        self._moves.append((node, parent, entry))
+        if parent is self._new_parent:
+            self._spelled(parent, entry, self._new_name)
 
     async def _careful(self, source: Entry, new_name: str) -> Entry:
         """Rename within the directory."""
@@ -101,13 +119,13 @@ class Rename:
     async def _move(self, node: Node, source: Entry, new_name: str) -> None:
         """To a name that nothing has."""
         if self._new is self._old:
-            self._moves.append((node, self._parent, await self._careful(source, new_name)))
+            self._note(node, self._parent, await self._careful(source, new_name))
             return
         entry = await self._new.insert(new_name, **_fields(source))
         await self._set_parent(node, self._new_parent)
         self._change.barrier()
         await self._old.remove(source)
-        self._moves.append((node, self._new_parent, entry))
+        self._note(node, self._new_parent, entry)
 
     async def _set_parent(self, node: Node, parent: Node) -> None:
         """A directory says itself what is above it."""
@@ -132,7 +150,7 @@ class Rename:
         await self._old.remove(source)
         await self._contents.give_up(self._change, target, other, is_open=other.opens > 1)
         self._removed = other
-        self._moves.append((node, self._new_parent, entry))
+        self._note(node, self._new_parent, entry)
 
     async def _exchange(self, node: Node, source: Entry, other: Node, target: Entry) -> None:
         """Each gets the other's place. A third entry keeps what is replaced first, until both are durable."""
@@ -148,7 +166,8 @@ class Rename:
         if spare is not None:
             change.barrier()
             await old.remove(spare)
-        self._moves += [(node, self._new_parent, second), (other, self._parent, first)]
+        self._note(node, self._new_parent, second)
+        self._note(other, self._parent, first)
 
     async def _spare(self, directory: Directory, source: Entry) -> Entry | None:
         """An entry for the same contents; none where there is no room for it, or no need."""

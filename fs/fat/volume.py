@@ -28,6 +28,7 @@ from .device import Device
 from .entries import MAX_SLOTS, SLOT, Settings
 from .free import Free
 from .intents import Intents
+from .reserve import cut_left
 from .sectors import Sectors
 from .stream import ChainStream, RootStream
 from .table import Table
@@ -59,6 +60,7 @@ class Volume:
         self.read_only = ""  # why nothing may be changed; empty: it may
         self.dirty = False  # as the volume itself says
         self.read_ahead = 0  # bytes of files that were read before anybody asked for them
+        self.before_order: Callable[[], Awaitable[None]] | None = None  # files are cut to what they need
         self.in_use: set[int] = set()  # first clusters of ownerless chains of files that are still open
         self._keep_dirty = False
         self._fsinfo = False
@@ -117,6 +119,12 @@ class Volume:
         if following is not None and not geometry.has_cluster(following):
             following = None
         self.free.start(total, following)
+        if not self.read_only:
+            for place in list(self.intents.ahead):
+                try:
+                    await cut_left(self, place)
+                except OSError as exc:
+                    _log.warning("a file that has too many clusters could not be cut: %s", exc.strerror)
 
     # ---- tasks of our own
 
@@ -320,13 +328,16 @@ class Volume:
     async def sync(self) -> None:
         """Bring the volume into order: nothing half-done, FSInfo true, marked as clean, and all of that durable."""
         if not self.read_only and not self.device.gone:
+            if self.before_order is not None:
+                await self.before_order()
             for first in [first for first in self.intents.orphans if first not in self.in_use]:
                 await self._free_orphan(first)
         await self.flush()
         if not self._untidy or not self.dirty or self.read_only or self.device.gone:
             return
         async with self.turn:
-            self._untidy = False
+            if not self._untidy or not self.dirty:
+                return  # somebody else did it while we waited
             await self.flush()
             change = self.change()
             try:
@@ -341,6 +352,7 @@ class Volume:
                 change.undo()
                 raise
             await change.commit(is_tidying=True)
+            self._untidy = False  # not before: who is cancelled or fails on the way leaves it to the next one
             self.dirty = change.dirty_after
             await self.flush()
             self.intents.settled()

@@ -14,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,35 @@ class Image(BlockDriver):
         self.count["flush"] += 1
         self.seen("flush", 0, b"")
 
+    def quiet(self) -> Quiet:
+        """What waits until the volume is marked as clean again, after it was not."""
+        return Quiet(self)
+
     def close(self) -> None:
         os.close(self._fd)
+
+
+class Quiet:
+    """Watches the flushes of an image: the one that follows the clearing of the dirty bit is the last."""
+
+    def __init__(self, image: Image) -> None:
+        self._done = threading.Event()
+        self._steps = ["clean", "dirty"]
+        self._image = image
+        image.seen = self._see
+
+    def _see(self, verb: str, offset: int, data: bytes) -> None:
+        if verb == "write" and offset == 0 and self._steps:
+            geometry = 0x41 if data[22:24] == b"\0\0" else 0x25
+            if self._steps[-1] == ("dirty" if data[geometry] & 1 else "clean"):
+                self._steps.pop()
+        elif verb == "flush" and not self._steps:
+            self._done.set()
+
+    def wait(self, seconds: float = 20.0) -> None:
+        """Until that has been done."""
+        assert self._done.wait(seconds), "the volume does not come to rest"
+        self._image.seen = lambda verb, offset, data: None
 
 
 @contextlib.asynccontextmanager

@@ -128,9 +128,9 @@ class Image:
 
     @classmethod
     def of(cls, path: Path, offset: int = 0, *, in_place: bool = False) -> Image:
-        """The image in a file; what is changed is so in the file only if it is to be changed in place."""
+        """The image in a file, to be read or to be changed in place."""
         with open(path, "r+b" if in_place else "rb") as file:
-            how = mmap.ACCESS_WRITE if in_place else mmap.ACCESS_COPY
+            how = mmap.ACCESS_WRITE if in_place else mmap.ACCESS_READ
             return cls(mmap.mmap(file.fileno(), 0, access=how), offset)
 
     def close(self) -> None:
