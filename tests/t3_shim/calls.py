@@ -129,6 +129,14 @@ def many_writers(fds: list[int], size: int) -> list[int]:
     return results
 
 
+def exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def names(path: str) -> list[str]:
     return sorted(os.listdir(path))
 

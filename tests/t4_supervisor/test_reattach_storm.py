@@ -86,6 +86,7 @@ class Program:
         try:
             while not self.stop:
                 self._step(file)
+            os.fsync(file)
         finally:
             with contextlib.suppress(OSError):  # what could not be written was told before
                 os.close(file)

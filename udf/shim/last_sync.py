@@ -42,10 +42,11 @@ class LastSync:
         self.is_over = False
         for unique in list(s.recovery.parked):
             s.recovery.take(unique)  # the kernel has answered them itself
-        if s.config.read_only or not self._is_somebody_there():
-            self.is_over = True
+        if s.config.read_only or s.recovery.away.is_away:
+            self.is_over = True  # there is nothing to save, or nothing to save it on, as everybody knows
         else:
             self.error = "the driver died, and no other came, before it had saved everything"
+            self.is_over = not self._is_somebody_there()
             self._until = monotonic() + NEXT_DRIVER
             self.begin()
 

@@ -79,6 +79,11 @@ class Endpoint(ABC):
         return False
 
     @property
+    def text(self) -> str:
+        """Its state as a sentence, as that is now."""
+        return self.instance.text
+
+    @property
     def is_gone(self) -> bool:
         """Whether nothing of it is left."""
         return self.instance.state is State.GONE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from udf import messages
-from udf.supervisor import paths
+from udf.supervisor import paths, unplugged
 from udf.supervisor.absence import NEVER, UNPLUGGED
 from udf.supervisor.bell import Bell
 from udf.supervisor.endpoint import Endpoint
@@ -128,6 +128,9 @@ class Mount(Endpoint):
                 return Reason.EXTERNAL, "unmounted by somebody else"
             cut_off = self.recovery.cut_off
             text = "unmounted, but the driver was ended before it had finished" if cut_off else "unmounted"
+            if shim.unsaved:
+                text = f"unmounted, but {shim.unsaved}"
+                log.warning("%s: %s", self.plan.name, text)
             return self._stopping or Reason.EXTERNAL, text
         if self._stopping is not None:
             return self._stopping, "unmounted lazily"
@@ -162,6 +165,14 @@ class Mount(Endpoint):
         if absence.is_expected:
             return float("inf")
         return (trio.current_time() if absence.since is None else absence.since) + self.plan.options.grace
+
+    @property
+    def text(self) -> str:
+        """Its state as a sentence; of a mount that waits for its device also for how long."""
+        since = self.recovery.absence.since
+        if self.instance.state is not State.DETACHED or since is None or self.waits_until() in (NEVER, float("inf")):
+            return super().text
+        return unplugged.text_of(self.plan.options, trio.current_time() - since)
 
     def patience(self) -> tuple[float, float]:
         """See Waiter."""

@@ -301,9 +301,9 @@ class Recovery:
                 self._restart_asked, self._history = False, History()
             generation = self._trying = self._hosts.take()
             attached = await self._try(generation)
-            self._trying = None
             if self._over():
-                return
+                return  # who comes next ends it
+            self._trying = None
             if attached is not None:
                 self._serves(generation, attached, begun)
                 return
@@ -494,7 +494,9 @@ class Recovery:
         """None that may have touched the source goes on, as far as that can be had in a moment."""
         self._hosts.drop_next()
         tenancy = self.absence.tenancy
-        serving, self._serving, self._trying = self._serving, None, None
+        serving, trying, self._serving, self._trying = self._serving, self._trying, None, None
+        if trying is not None and not trying.was_told:
+            self._hosts.discard(trying)
         if tenancy is not None:
             tenancy.cut()  # a bus may be quicker to tell us than to end the connection
             if serving is not None and not serving.is_lost:

@@ -74,6 +74,7 @@ class Shim(Front):
         self.busy = 0  # unmounts that it had to refuse
         self.unmounted = False
         self.external = False  # somebody else unmounted it
+        self.unsaved = ""  # a sentence: what the driver may not have saved by then
         self.detached = False  # out of the tree, and serves what is open
         self.is_silent = False  # it gave no sign of life for too long and was ended
         self._bell = bell
@@ -199,8 +200,8 @@ class Shim(Front):
                 self.failed = sentence(error)
             case messages.Busy():
                 self.busy += 1
-            case messages.Unmounted(external=external):
-                self.unmounted, self.external = True, external
+            case messages.Unmounted(external=external, unsaved=unsaved):
+                self.unmounted, self.external, self.unsaved = True, external, sentence(unsaved)
             case messages.Detached():
                 self.detached = True
                 self.listeners.detached()

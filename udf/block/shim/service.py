@@ -56,6 +56,7 @@ class Service:
         self.phase = Phase.OPENING
         self.pumping = False  # the phase is SERVING
         self.stopping = False  # no client is read any more
+        self.readers: set[Unit] = set()  # of which metadata was read, and no checksums are made yet
         self.alarm = math.inf  # when a unit wants to look at something
         self.recovery = Recovery(self)
         self._scans: dict[Unit, Scan] = {}
@@ -149,6 +150,11 @@ class Service:
     def detached(self) -> bool:
         """Whether the device is gone."""
         return self.phase is Phase.DETACHED
+
+    def digest(self) -> None:
+        """Make the checksums of the metadata that has been read."""
+        while self.readers:
+            self.readers.pop().watched.digest()
 
     # ---- time
 
