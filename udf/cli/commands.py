@@ -233,6 +233,10 @@ def status(arguments: argparse.Namespace) -> int:
         for row in mounts:
             if row["state"] != "ACTIVE" and row["text"]:
                 show.line(f"{row['mountpoint']}: {row['reason']}: {row['text']}")
+            elif row["kind"] == "mount" and row["device"] and not row["volume"]:
+                show.line(
+                    f"{row['mountpoint']}: {row['driver']} takes files: this mount does not live through an unplug"
+                )
     else:
         show.line("Nothing is mounted.")
     return 0
@@ -245,7 +249,7 @@ def _status_row(row: Row) -> tuple[object, ...]:
         state,
         row["driver"],
         row["mountpoint"],
-        row["source"] or row.get("device") or "-",
+        (row["kind"] == "mount" and row.get("device")) or row["source"] or row.get("device") or "-",
         row["generation"],
         row["restarts_left"],
         row["durability"],

@@ -14,7 +14,7 @@ from udf.supervisor.devices import Devices, Row
 from udf.supervisor.varlink import Call, Method
 from udf.supervisor.volumes import Volumes
 
-MOUNTING_WAIT = 30.0  # for what is mounted by itself
+MOUNTING_WAIT = 30.0  # for what is mounted by itself, or was before
 MAX_FAULTS = 256
 MAX_OPTIONS = 100
 MAX_TEXT = 4096
@@ -98,9 +98,8 @@ class DeviceCalls:
         return None
 
     async def _plugged(self, row: Row) -> Row:
-        """The same when its volumes are mounted, if they are by themselves."""
-        if self._volumes.automount is not None:
-            await self._volumes.automount.settled([each["name"] for each in row["instances"]], MOUNTING_WAIT)
+        """The same when its volumes are mounted by themselves, or go on."""
+        await self._volumes.settled([each["name"] for each in row["instances"]], MOUNTING_WAIT)
         return self._with(row)
 
     def _with(self, row: Row) -> Row:

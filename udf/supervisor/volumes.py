@@ -12,7 +12,7 @@ with the device. One that takes a file is given the file in R/dev, and knows not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -22,6 +22,7 @@ import trio
 from udf import messages
 from udf.errors import UserError
 from udf.supervisor import catalog, images, paths, rights
+from udf.supervisor.bell import Bell
 from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.catalog import Driver
 from udf.supervisor.contents import Content
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 PARTITION = "partition"  # the option that says which one of several is meant
+_UNDER_WAY = (State.STARTING, State.DETACHED, State.RECOVERING)
 _SERVICES = ("nbd://", "nbd+unix://")
 
 log = logging.getLogger("udf.volumes")
@@ -53,6 +55,7 @@ class Volumes:
     def __init__(self, registry: Registry, devices: Devices | None = None) -> None:
         self.sources = Sources(registry, devices)
         self.automount: Automount | None = None
+        self.bell = Bell()  # rung after every event, and by automount.py
         self._registry = registry
         self._devices = devices
 
@@ -60,6 +63,7 @@ class Volumes:
         """Something happened."""
         if event.what == "exports":
             self.sources.exports_changed(event.name)
+        self.bell.ring()
 
     # ---- mounting
 
@@ -104,9 +108,16 @@ class Volumes:
         return await self.mount_on(place.endpoint, export, driver, _with(request, options=options), caller)
 
     async def mount_on(
-        self, disk: BlockEndpoint, export: messages.Export, driver: Driver, request: MountRequest, caller: Identity
+        self,
+        disk: BlockEndpoint,
+        export: messages.Export,
+        driver: Driver,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        fresh: bool = False,
     ) -> Mount:
-        """Mount an export by this driver, which the request names."""
+        """Mount an export by this driver, which the request names; `fresh`: on a directory that we have just made."""
         place = Place(disk, export.name)
         options = dict(request.options or {})
         if disk.plan.lease is not None and not options.keys().isdisjoint(("suid", "dev")):
@@ -118,7 +129,8 @@ class Volumes:
             source = f"{disk.plan.where}/{export.name}"
             return await self._registry.mount(_with(request, source=source, options=options), caller)
         options.setdefault("fsname", str(place))
-        return await self._registry.mount(_with(request, options=options), caller, on=disk, export=export.name)
+        request = _with(request, options=options)
+        return await self._registry.mount(request, caller, on=disk, export=export.name, fresh=fresh)
 
     async def _mount_image(self, image: Image, driver: Driver | None, request: MountRequest, caller: Identity) -> Mount:
         options = dict(request.options or {})
@@ -262,6 +274,21 @@ class Volumes:
             ),
             None,
         )
+
+    async def settled(self, names: Collection[str], seconds: float) -> None:
+        """Wait until what is on these devices is mounted, or back, or will not be; not for ever."""
+
+        def is_quiet() -> bool:
+            disks = [each for each in self.sources.disks(Identity.own()) if each.plan.name in names]
+            return all(
+                (self.automount is None or self.automount.is_quiet(disk))
+                and not any(each.instance.state in _UNDER_WAY for each in self.users(disk))
+                for disk in disks
+            )
+
+        if self.automount is not None:
+            self.automount.poke()
+        await self.bell.within(seconds, is_quiet)
 
     # ---- what is told
 
