@@ -82,18 +82,19 @@ class Reserve:
         volume = self._volume
         while runs:
             batch, runs = _split(runs, _BATCH)
+            first = 0 if chain.first else batch[0][0]
             try:
                 async with volume.change(batch) as change:
                     await volume.table.link(change, batch, chain.last)
-                    if not chain.first:
-                        change.orphans.append(batch[0][0])
+                    if first:
+                        change.orphans.append(first)
+                        volume.in_use.add(first)  # before it is recorded: a sync would free it as soon as it is
                     elif not node.removed and node.cluster:
                         change.ahead.append(place_of(node))
             except BaseException:
                 volume.free.put_back(runs)
+                volume.in_use.discard(first)
                 raise
-            if not chain.first:
-                volume.in_use.add(batch[0][0])
             chain.append(batch)
         if not node.removed:
             self._files[node.ino] = node

@@ -306,6 +306,8 @@ class Volume:
         """Free a chain that nobody owns, in pieces."""
         while first:
             async with self.change() as change:
+                if first in self.in_use or first not in self.intents.orphans:
+                    return  # somebody took it, or freed it, while we waited for our turn
                 runs, following = await self.table.walk(first, _BATCH)
                 change.adopted.append(first)
                 if following:

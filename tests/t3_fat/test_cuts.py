@@ -153,7 +153,7 @@ async def test_what_was_fsynced_survives_a_power_cut_at_any_moment(tmp_path: Pat
                 broken = promises.broken(cut, moment)
                 assert not broken, f"{where}: {broken}\n{done}"
                 cut.write_bytes(left)
-                await _go_on(cut, promises, moment)
+                await _go_on(cut, promises, moment, sound=how == "in order")
             except BaseException:
                 cut.write_bytes(left)
                 shutil.copy(cut, tmp_path / "failed.img")
@@ -161,8 +161,12 @@ async def test_what_was_fsynced_survives_a_power_cut_at_any_moment(tmp_path: Pat
                 raise
 
 
-async def _go_on(cut: Path, promises: Promises, moment: int) -> None:
-    """A driver that knows nothing mounts what is left: what was promised is there, and more can be written."""
+async def _go_on(cut: Path, promises: Promises, moment: int, *, sound: bool) -> None:
+    """A driver that knows nothing mounts what is left: what was promised is there, and more can be written.
+
+    Where the device wrote in another order (not `sound`), a name may be there without its entry in the table: its
+    cluster looks free, and what is new may share it until fsck.fat decides. What was promised never does.
+    """
     medium = Medium(cut)
     try:
         async with driven(medium) as driver:
@@ -184,8 +188,8 @@ async def _go_on(cut: Path, promises: Promises, moment: int) -> None:
     broken = promises.broken(cut, moment)
     assert not broken, f"after going on: {broken}\n{done}"
     there = Image.of(cut).tree()
-    for name in names:
-        assert there[name].contents == name.encode() * 200
+    for name in names if sound else []:
+        assert there[name].contents == name.encode() * 200, done
 
 
 async def _read(driver: Driven, path: str) -> bytes | None:

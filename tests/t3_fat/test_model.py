@@ -70,7 +70,10 @@ class Run:
     async def step(self) -> None:
         operation = self.chooser.choose(self.world)
         self.done.append(operation)
-        await getattr(self, f"do_{operation[0]}")(*operation[1:])
+        async with trio.open_nursery() as nursery:
+            if self.chooser.dice.random() < 0.3:  # what is done of itself when nothing happens may be under way too
+                nursery.start_soon(self.driver.sync)
+            await getattr(self, f"do_{operation[0]}")(*operation[1:])
         await self.driver.sync()
         self.check()
 
