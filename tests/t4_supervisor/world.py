@@ -76,9 +76,6 @@ class ScriptedEndpoint:
 
     is_waiting = may_return
 
-    async def until_waiting(self, waiting: bool) -> None:
-        await trio.sleep_forever()  # it waits from the moment in which its device is gone, and nobody waits for that
-
     async def take_back(self, lease: Lease) -> bool:
         self._world.offered.append((self.instance.name, lease.spec.key))
         await self._world.let_return.wait()

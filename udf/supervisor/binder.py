@@ -284,7 +284,6 @@ class Binder:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_when_unwanted, tenant, endpoint)
-                nursery.start_soon(self._ring_when_waiting, endpoint)
                 await endpoint.ended.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -307,14 +306,6 @@ class Binder:
         await tenant.stopping.wait()
         if not tenant.lease.gone:  # of an unplug it learns by its lease
             await endpoint.end(Reason.OPERATOR)
-
-    async def _ring_when_waiting(self, endpoint: Endpoint) -> None:
-        """Whoever waits for the end of an unplug is told when all that follows from it has been done."""
-        waiting = True
-        while True:
-            await endpoint.until_waiting(waiting)
-            self.bell.ring()
-            waiting = not waiting
 
     def _failed(self, tenant: Tenant, text: str, served: float, *, final: bool = False) -> None:
         known = self.known.get(tenant.binding.key)

@@ -275,10 +275,6 @@ class Endpoint(ABC):
         """Whether its device is away and waited for, and all that follows from the unplug has been done."""
         return self.may_return and self.recovery.absence.is_settled
 
-    async def until_waiting(self, waiting: bool) -> None:
-        """Return when `is_waiting` is so."""
-        await self._bell.until(lambda: self.is_waiting is waiting)
-
     async def take_back(self, lease: Lease) -> bool:
         """This may be the device that is away: whether it is, and is served again. The lease is closed here."""
         return await self.recovery.absence.offer(lease)

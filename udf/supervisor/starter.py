@@ -68,10 +68,6 @@ class RegisteredEndpoint(Endpoint):
         """See Endpoint."""
         return self._endpoint.is_waiting
 
-    async def until_waiting(self, waiting: bool) -> None:
-        """See Endpoint."""
-        await self._endpoint.until_waiting(waiting)
-
     async def take_back(self, lease: Lease) -> bool:
         """See Endpoint."""
         return await self._endpoint.take_back(lease)

@@ -31,9 +31,6 @@ class Endpoint(Protocol):
     def is_waiting(self) -> bool:
         """Whether its device is away and waited for, and all that follows from the unplug has been done."""
 
-    async def until_waiting(self, waiting: bool) -> None:
-        """Return when `is_waiting` is so."""
-
     async def take_back(self, lease: Lease) -> bool:
         """This may be the device that is away. Whether it is and is served again; the lease is its own, as at a start.
 
