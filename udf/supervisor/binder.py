@@ -277,6 +277,7 @@ class Binder:
             self._failed(tenant, f"the supervisor made a mistake ({type(exc).__name__}): see its log", served=0.0)
             return
         tenant.endpoint = endpoint
+        endpoint.listen(self.bell.ring)
         began = trio.current_time()
         self._link(tenant)
         self.bell.ring()
