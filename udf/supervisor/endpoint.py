@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, ClassVar
 
@@ -265,6 +266,10 @@ class Endpoint(ABC):
     def why_given_up(self) -> tuple[Reason, str]:
         """See Waiter."""
         return Reason.UNPLUGGED, UNPLUGGED
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` when anything of it may have changed."""
+        self._bell.listeners.append(told)
 
     @property
     def may_return(self) -> bool:
