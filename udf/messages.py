@@ -359,6 +359,7 @@ class Start(Message, tag="start"):
     heartbeat: float = 1.0
     spare: bool = False
     store: bool = False  # the driver has a state store (durability = "store")
+    read_only: bool = False  # nothing will be changed through the mount: a driver that wants to know has `read_only`
     device: DeviceSpec | None = None
 
 

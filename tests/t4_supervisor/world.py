@@ -76,6 +76,9 @@ class ScriptedEndpoint:
 
     is_waiting = may_return
 
+    def listen(self, told: Callable[[], None]) -> None:
+        self._lease.tell(told)  # after it has heard of that itself
+
     async def take_back(self, lease: Lease) -> bool:
         self._world.offered.append((self.instance.name, lease.spec.key))
         await self._world.let_return.wait()

@@ -119,9 +119,10 @@ class _Life:
             await pyfuse3.main()
 
         async def finish() -> None:
-            if isinstance(operations, PathOperations):
+            last = operations.finish if isinstance(operations, PathOperations) else getattr(operations, "stop", None)
+            if last is not None:
                 with trio.move_on_after(FINISH_TIMEOUT, shield=True):
-                    await operations.finish()
+                    await last()
 
         return trio.run(self._run, serve, finish)
 
@@ -199,6 +200,8 @@ def _load_class(start: messages.Start) -> type:
 def _make(start: messages.Start, cls: type, fds: list[int]) -> Any:
     path = start.driver.path
     attributes: dict[str, Any] = {}
+    if start.read_only and hasattr(cls, "read_only"):
+        attributes["read_only"] = True
     if start.device is not None:
         if not fds:
             raise UserError(f"{path}: the driver was started without the connection to its device")

@@ -17,6 +17,7 @@ class Bell:
         """`rings`: another one that is rung with it."""
         self._rung = trio.Event()
         self._rings = rings
+        self.listeners: list[Callable[[], None]] = []  # called at each ring; they must not block
 
     def ring(self) -> None:
         """Something has changed."""
@@ -24,6 +25,8 @@ class Bell:
         self._rung = trio.Event()
         if self._rings is not None:
             self._rings.ring()
+        for told in self.listeners:
+            told()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when the condition is true."""

@@ -277,6 +277,7 @@ class Binder:
             self._failed(tenant, f"the supervisor made a mistake ({type(exc).__name__}): see its log", served=0.0)
             return
         tenant.endpoint = endpoint
+        endpoint.listen(self.bell.ring)
         began = trio.current_time()
         self._link(tenant)
         self.bell.ring()
@@ -363,7 +364,8 @@ class Binder:
         seen = self._passes  # a pass that may have begun before the device came says nothing
 
         def is_quiet() -> bool:
-            return self._passes > seen and all(tenant.serves for tenant in self.tenants_of(key))
+            is_due = self._poked.is_set()  # a driver may just have found that this is not its device
+            return self._passes > seen and not is_due and all(tenant.serves for tenant in self.tenants_of(key))
 
         self.poke()
         return await self.bell.within(seconds, is_quiet)

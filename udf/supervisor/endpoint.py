@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, ClassVar
 
@@ -28,7 +29,8 @@ from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import HEARTBEAT, DriverPlan, StartFailedError
-from udf.supervisor.recovery import LAST_WORDS, Recovery, stop_grace
+from udf.supervisor.recovery import Recovery
+from udf.supervisor.succession import LAST_WORDS, stop_grace
 
 if TYPE_CHECKING:
     from udf.supervisor.front import Front
@@ -77,6 +79,11 @@ class Endpoint(ABC):
     def is_lazy(self) -> bool:
         """Whether it is out of the tree already and only serves what is still open."""
         return False
+
+    @property
+    def text(self) -> str:
+        """Its state as a sentence, as that is now."""
+        return self.instance.text
 
     @property
     def is_gone(self) -> bool:
@@ -259,6 +266,10 @@ class Endpoint(ABC):
     def why_given_up(self) -> tuple[Reason, str]:
         """See Waiter."""
         return Reason.UNPLUGGED, UNPLUGGED
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` when anything of it may have changed."""
+        self._bell.listeners.append(told)
 
     @property
     def may_return(self) -> bool:

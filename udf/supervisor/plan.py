@@ -77,6 +77,7 @@ class DriverPlan:
             heartbeat=HEARTBEAT,
             spare=spare,
             store=self.durability == "store",
+            read_only=self.options.read_only,
             device=device,
         )
 

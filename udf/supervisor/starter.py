@@ -7,6 +7,7 @@ binder.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,6 +68,10 @@ class RegisteredEndpoint(Endpoint):
     def is_waiting(self) -> bool:
         """See Endpoint."""
         return self._endpoint.is_waiting
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """See Endpoint."""
+        self._endpoint.listen(told)
 
     async def take_back(self, lease: Lease) -> bool:
         """See Endpoint."""

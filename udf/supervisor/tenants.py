@@ -31,6 +31,9 @@ class Endpoint(Protocol):
     def is_waiting(self) -> bool:
         """Whether its device is away and waited for, and all that follows from the unplug has been done."""
 
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` when `is_waiting` may have changed."""
+
     async def take_back(self, lease: Lease) -> bool:
         """This may be the device that is away. Whether it is and is served again; the lease is its own, as at a start.
 

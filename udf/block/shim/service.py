@@ -213,9 +213,12 @@ class Service:
         scan = self._scans[unit] = Scan(unit, self._scanned)
         scan.start()
 
-    def _scanned(self, unit: Unit, table: Table) -> None:
+    def _scanned(self, unit: Unit, table: Table | None) -> None:
         self._scans.pop(unit, None)
-        unit.table = table
+        if table is None:
+            unit.scan_again = True
+        else:
+            unit.table = table
         if not self._scans:
             self.publish()
 
