@@ -370,9 +370,11 @@ class Stop(Message, tag="stop"):
     """End in an orderly way; a SIGTERM means the same.
 
     `linked`: a foreign program still has its link, though nothing will come over it; the end of that would do too.
+    `eject`: the device is about to be taken out.
     """
 
     linked: bool = False
+    eject: bool = False
 
 
 ToHost = Start | TakeOver | Stop

@@ -45,6 +45,7 @@ from udf.usb.matching import Binding, DeviceFacts, Verdict, wanted
 
 LOOK = 10.0  # for events that were lost
 NAME_WAIT = 10.0  # for the end of what had the name before; then the device gets another one
+EJECTED = "it was ejected and may be pulled out; plugged in again it is served again"
 HEALTHY = 60.0  # what served so long may fail as often as a new one
 _FINAL = (Reason.OPERATOR, Reason.EXTERNAL, Reason.SHUTDOWN)  # somebody wanted the end: it is not started again
 
@@ -134,6 +135,8 @@ class Binder:
             if self._closing or not may_begin(binding, [tenant.binding for tenant in mine], known.is_shared):
                 continue
             failure = known.failures.get((binding.interface, binding.driver.name))
+            if (binding.interface, binding.driver.name) in known.ejected:
+                continue
             if failure is not None and (failure.driver, failure.options) == (binding.driver, binding.options):
                 if failure.again is None:
                     continue
@@ -338,6 +341,7 @@ class Binder:
                 instance.change(State.ACTIVE, Reason.BOUND, text)
         elif not mine:
             text = next((failure.text for failure in known.failures.values()), "") or verdict.text
+            text = EJECTED if known.ejected else text
             if instance.state is not State.FAILED:
                 instance.change(State.FAILED, Reason.NO_DRIVER, text)
             elif instance.text != text:
@@ -363,6 +367,13 @@ class Binder:
 
         self.poke()
         return await self.bell.within(seconds, is_quiet)
+
+    def eject(self, tenant: Tenant, ejected: bool = True) -> None:
+        """An operator ends it, and its driver does not get the device again before the next plug (or all the same)."""
+        known = self.known.get(tenant.binding.key)
+        if known is not None:
+            slot = (tenant.binding.interface, tenant.binding.driver.name)
+            (known.ejected.add if ejected else known.ejected.discard)(slot)
 
     def retry(self, key: str) -> None:
         """An operator asks: forget what failed."""

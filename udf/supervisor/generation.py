@@ -46,6 +46,7 @@ class Generation:
         self.traceback: list[str] = []  # of the last mistake that it survived
         self._resident: int | None = None  # bytes, as last seen
         self.stopping = False  # it was told to end
+        self.ejects = False  # and is to be told that its device is taken out
         self._bell = bell
         self._on_fault = on_fault
         self._lease = lease  # of its device, as that is plugged in now
@@ -155,7 +156,7 @@ class Generation:
     async def stop(self, grace: float, *, linked: bool = False) -> bool:
         """Have it end in an orderly way; whether it did so in time. `linked`: its link is kept until then."""
         self.stopping = True
-        await self.process.send(messages.Stop(linked=linked))
+        await self.process.send(messages.Stop(linked=linked, eject=self.ejects))
         return await self._bell.within(grace, lambda: self.is_ended)
 
     async def end(self, grace: float) -> bool:

@@ -39,6 +39,11 @@ class Recovery(Succession):
         """The process that stands ready, if there is one."""
         return self._hosts.spares.pid
 
+    def eject(self) -> None:
+        """An operator takes the device out: the driver is told so at its end."""
+        if self._serving is not None:
+            self._serving.ejects = True
+
     def tick(self) -> None:
         """A heartbeat is due from the driver that serves: silence and a loop that stands still are a hang."""
         serving = self._serving

@@ -138,3 +138,4 @@ class Known:
     verdict: Verdict | None = None
     is_shared: bool = False  # those who have it now have a connection for each interface
     failures: dict[tuple[int | None, str], Failure] = field(default_factory=dict)
+    ejected: set[tuple[int | None, str]] = field(default_factory=set)  # interface and driver, as above
