@@ -2,7 +2,8 @@
 
 Owns: finding the supervisor of a mount, absolute paths that are found without asking a mount that may hang, the words
 behind -o.
-Must never: print, import trio or pyfuse3, or look below a mountpoint. Called by commands.py, recovering.py, unmounting.py, devices.py.
+Must never: print, import trio or pyfuse3, or look below a mountpoint. Called by: commands.py, recovering.py,
+unmounting.py, devices.py.
 """
 
 from __future__ import annotations
