@@ -141,6 +141,8 @@ class Rename:
         if other.is_directory:
             if not node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory is there")
+            if self._parent.is_at_or_below(other):
+                raise OSError(errno.ENOTEMPTY, "the directory is not empty")  # what is renamed is in it
             await self._nodes.require_empty(other)
         elif node.is_directory:
             raise NotADirectoryError(errno.ENOTDIR, "what is there is no directory")
