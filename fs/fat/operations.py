@@ -16,8 +16,9 @@ import re
 import stat
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
+from typing import TypeVar
 from urllib.parse import quote
 
 import pyfuse3
@@ -36,6 +37,8 @@ from .nodes import Node, Nodes
 from .renames import Rename
 from .stream import ChainStream, RootStream
 from .volume import Volume
+
+T = TypeVar("T")
 
 _YEAR = 365 * 86400  # nothing but this mount changes the volume
 _ONCE = 1e-6  # the shim takes this for "do not keep it", even on a mount that nobody else changes
@@ -337,7 +340,8 @@ class Fat(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         try:
-            node, is_new = await self._make_file(parent_inode, name, mode, exclusive=bool(flags & os.O_EXCL))
+            exclusive = bool(flags & os.O_EXCL)
+            node, is_new = await self._with_room(lambda: self._make_file(parent_inode, name, mode, exclusive=exclusive))
             try:
                 if not is_new and flags & os.O_TRUNC:
                     await self._contents.truncate(node, 0, {})
@@ -353,7 +357,7 @@ class Fat(pyfuse3.Operations):
         try:
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 raise PermissionError(errno.EPERM, "FAT has files and directories only")
-            node, _ = await self._make_file(parent_inode, name, mode, exclusive=True)
+            node, _ = await self._with_room(lambda: self._make_file(parent_inode, name, mode, exclusive=True))
             try:
                 return await self._entered(node, name)
             finally:
@@ -392,7 +396,8 @@ class Fat(pyfuse3.Operations):
 
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         try:
-            node = await self._make_directory(await self._folder(parent_inode), names.from_kernel(name))
+            parent = await self._folder(parent_inode)
+            node = await self._with_room(lambda: self._make_directory(parent, names.from_kernel(name)))
             try:
                 return await self._entered(node, name)
             finally:
@@ -496,12 +501,24 @@ class Fat(pyfuse3.Operations):
             if flags & ~(_NOREPLACE | _EXCHANGE) or flags == _NOREPLACE | _EXCHANGE:
                 raise OSError(errno.EINVAL, "no such way to rename")
             parents = await self._folder(parent_inode_old), await self._folder(parent_inode_new)
-            rename = Rename(self.volume, self._nodes, self._contents, parents)
-            await rename.run(names.from_kernel(name_old), names.from_kernel(name_new), flags)
-            for parent, name in rename.stale:
+            for parent, name in await self._with_room(lambda: self._rename(parents, name_old, name_new, flags)):
                 self._invalidate(parent, name)
         except OSError as exc:
             raise self._refusal(exc) from None
+
+    async def _rename(self, parents: tuple[Node, Node], old: bytes, new: bytes, flags: int) -> list[tuple[Node, bytes]]:
+        rename = Rename(self.volume, self._nodes, self._contents, parents)
+        await rename.run(names.from_kernel(old), names.from_kernel(new), flags)
+        return rename.stale
+
+    async def _with_room(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it, and once more if it failed for want of a cluster and there is one after all."""
+        try:
+            return await work()
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC or not await self.volume.reclaim():
+                raise
+        return await work()
 
     # ---- open files
 

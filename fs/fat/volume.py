@@ -315,6 +315,17 @@ class Volume:
                 await self.table.release(change, runs)
             first = following
 
+    async def reclaim(self) -> bool:
+        """Make usable what nobody needs any more; whether that was anything. Not from within a change."""
+        taken = self.free.so_far
+        if self.before_order is not None:
+            await self.before_order()
+        for first in [first for first in self.intents.orphans if first not in self.in_use]:
+            await self._free_orphan(first)
+        is_more = self.free.young > 0 or self.free.so_far > taken
+        await self.flush()
+        return is_more
+
     # ---- order
 
     async def flush(self) -> None:
