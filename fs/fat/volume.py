@@ -5,6 +5,8 @@ what is done when nobody asks for anything: 150 ms after the last change the vol
 stick that is pulled out without ceremony is usually clean. Must never: know files or names.
 Called by: operations.py and contents.py; tests, through lab.py.
 
+A little over 400 lines: begin, change, sync and end are the one life of a volume, and read as such.
+
 What was dirty when it was mounted (and not by a generation of ours that died) stays dirty: only fsck.fat knows better.
 """
 
