@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from . import entries, names
@@ -121,6 +122,7 @@ class Fat(Handles):
     async def _make_file(self, parent_inode: int, name: bytes, mode: int, *, exclusive: bool) -> tuple[Node, bool]:
         """A new file, or the one that is there; it is held once."""
         parent = await self._folder(parent_inode)
+        self.volume.intents.unanswered = None
         text = names.from_kernel(name)
         async with self.volume.change() as change, self._nodes.changing(parent, change) as directory:
             entry = await directory.find(text)
@@ -160,6 +162,7 @@ class Fat(Handles):
 
     async def _make_directory(self, parent: Node, name: str) -> Node:
         volume = self.volume
+        volume.intents.unanswered = None
         async with volume.change() as change, self._nodes.changing(parent, change) as directory:
             if await directory.find(name) is not None:
                 raise FileExistsError(errno.EEXIST, "the name exists")
@@ -190,6 +193,7 @@ class Fat(Handles):
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         try:
             parent = await self._folder(parent_inode)
+            self.volume.intents.unanswered = None
             async with self.volume.change() as change, self._nodes.changing(parent, change) as directory:
                 entry = await self._required(directory, name)
                 if entry.is_directory:
@@ -205,6 +209,7 @@ class Fat(Handles):
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         try:
             parent = await self._folder(parent_inode)
+            self.volume.intents.unanswered = None
             async with self.volume.change() as change, self._nodes.changing(parent, change) as directory:
                 entry = await self._required(directory, name)
                 if not entry.is_directory:
@@ -260,7 +265,14 @@ class Fat(Handles):
 
     async def _rename(self, parents: tuple[Node, Node], old: bytes, new: bytes, flags: int) -> list[tuple[Node, bytes]]:
         rename = Rename(self.volume, self._nodes, self._contents, parents)
-        await rename.run(names.from_kernel(old), names.from_kernel(new), flags)
+        texts = names.from_kernel(old), names.from_kernel(new)
+        intents = self.volume.intents
+        if flags & EXCHANGE and intents.is_done(rename.key(*texts)):
+            return []
+        await rename.run(*texts, flags)
+        if flags & EXCHANGE:
+            # This runs when the request is answered: from there on the same request is another one.
+            trio.lowlevel.current_trio_token().run_sync_soon(intents.settled)
         return rename.stale
 
     async def _with_room(self, work: Callable[[], Awaitable[T]]) -> T:

@@ -380,6 +380,9 @@ class Volume:
 
     async def count_free(self, patience: float) -> int:
         """How many clusters are free; what is known of them when that takes too long."""
+        if not self.read_only:
+            for first in [first for first in self.intents.orphans if first not in self.in_use]:
+                await self._free_orphan(first)
         if self.free.total is None:
             with trio.move_on_after(patience):
                 await self._count()
