@@ -84,7 +84,7 @@ def test_what_cannot_be_mounted_is_a_sentence(lab: Lab, mnt: Path) -> None:
         ("disk0/part1 -o dev", "it is mounted nosuid and nodev only"),
         ("-t squashfuse disk9", "there is neither a file nor a device disk9"),
         ("-t hello disk0", "the driver hello takes no source"),
-        ("-t passthrough disk9", "the source disk9 must be an absolute path"),
+        ("-t passthrough disk9", "the source disk9 does not exist"),
         ("disk0/part1 -o no_such=1", "the driver shelfdisk has no option 'no_such'"),
     ):
         words = arguments.split(" ")

@@ -56,6 +56,7 @@ class Slot:
     mount: Mount | None = None
     is_busy: bool = True  # something is under way that ends by itself
     is_left: bool = False  # until the next plug
+    is_gone: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     @property
@@ -143,11 +144,12 @@ class Automount:
         ]
         for slot in list(self._slots):
             if (slot.disk, slot.export) not in there:
+                slot.is_gone = True  # for good: what looks the same later is another medium
                 slot.scope.cancel()  # a mount goes on, and ends as the device's endpoint says
-                if slot.mount is None:
-                    self._slots.remove(slot)
+            if slot.is_gone and slot.mount is None:
+                self._slots.remove(slot)
         for disk, export in there:
-            known = any(slot.disk is disk and slot.export == export for slot in self._slots)
+            known = any(slot.disk is disk and slot.export == export and not slot.is_gone for slot in self._slots)
             if not known and not self._closing and disk.instance.state is State.ACTIVE:
                 slot = Slot(disk, export)
                 self._slots.append(slot)
@@ -173,6 +175,7 @@ class Automount:
         tried: Wish | None = None  # in vain: the same again would fail as well
         losses = 0
         while (wish := await self._other_wish(slot, tried)) is not None:
+            await self._bell.until(lambda: not any(each.mount for each in self._slots if self._went_before(each, slot)))
             if self._is_used(slot):
                 return  # somebody was quicker, and it is theirs
             outcome = await self._mount(slot, wish)
@@ -234,6 +237,10 @@ class Automount:
         if self._media.group is not None and {"gid", "umask"} <= driver.options.keys():
             options |= {"gid": str(self._media.group), "umask": "002"}
         return options
+
+    def _went_before(self, old: Slot, new: Slot) -> bool:
+        """Whether it was in the same place."""
+        return old.is_gone and old.disk is new.disk and old.export.name == new.export.name
 
     def _is_used(self, slot: Slot) -> bool:
         mine = (slot.export.name, slot.export.unit)

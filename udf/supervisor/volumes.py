@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from udf.supervisor.automount import Automount
 
 Row = dict[str, Any]
+MOUNTING_WAIT = 5.0
 PARTITION = "partition"  # the option that says which one of several is meant
 _UNDER_WAY = (State.STARTING, State.DETACHED, State.RECOVERING)
 _SERVICES = ("nbd://", "nbd+unix://")
@@ -77,6 +78,8 @@ class Volumes:
             rights.check_driver(caller, request.driver)
             driver = await catalog.find(request.driver, trusted_only=not rights.is_trusted(caller))
             kind, is_named = driver.source_kind, source.partition("=")[0] in TAGS
+            if kind in ("directory", "device") and not source.startswith("/"):
+                raise UserError(f"the source {sentence(source[:200])} does not exist")
             if kind not in ("file", "block") or (kind == "block" and source.startswith(_SERVICES)):
                 return await self._registry.mount(request, caller)
             if kind == "file" and not is_named and "://" in source:
@@ -224,9 +227,11 @@ class Volumes:
         """End a device in order, with all that is mounted of it, so that it may be pulled out. BusyError: it stays."""
         disk = await self._to_eject(text, mountpoint, caller)
         check_use(caller, disk)
-        users, name = self.users(disk), disk.plan.name
+        name, is_away = disk.plan.name, disk.instance.state is State.DETACHED
+        if not is_away:
+            await self.settled([name], MOUNTING_WAIT)  # what is being mounted can be unmounted then
+        users = self.users(disk)
         files = [each for each in disk.dependants if isinstance(each, Mount)]
-        is_away = disk.instance.state is State.DETACHED
         if not is_away:
             for where in await paths.busy([each.plan.where for each in (*users, *files)]):
                 raise BusyError(where, f"{where} is in use: close the files on it first")
