@@ -75,12 +75,20 @@ class Serve(Message, tag="serve"):
     deadline: float = 30.0
     start_timeout: float = 30.0
     patience: float = 60.0
+    idle_flush: float = 0.0  # seconds after the last write after which the device is told to flush; 0: it is not
 
 
 class Detach(Message, tag="detach"):
-    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow."""
+    """The device behind the driver is gone: what waits and what comes fails with ENODEV. `attach` may follow.
+
+    To a mount's shim: with `wait` a request is parked instead, and fails with ENODEV when it has waited so many
+    seconds. What is cached is answered for `max_stale` seconds since the driver was lost, then nothing is. Another
+    `detach` changes both.
+    """
 
     text: str = ""
+    wait: float = 0.0
+    max_stale: float = 0.0
 
 
 class Attach(Message, tag="attach"):
@@ -171,9 +179,13 @@ class Busy(Message, tag="busy"):
 
 
 class Unmounted(Message, tag="unmounted"):
-    """The mount is gone; `external` when someone else unmounted it."""
+    """The mount is gone; `external` when someone else unmounted it.
+
+    `unsaved`: a sentence, if the driver did not say before that all it had been told is saved.
+    """
 
     external: bool = False
+    unsaved: str = ""
 
 
 class LinkLost(Message, tag="link_lost"):
@@ -195,10 +207,14 @@ class Attached(Message, tag="attached"):
 
 
 class Refused(Message, tag="refused"):
-    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT)."""
+    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT).
+
+    `changed`: after a Detach, the device that is back is another one, or what is on it has changed: no generation can.
+    """
 
     generation: int
     error: str
+    changed: bool = False
 
 
 class Overdue(Message, tag="overdue"):
@@ -355,9 +371,11 @@ class Stop(Message, tag="stop"):
     """End in an orderly way; a SIGTERM means the same.
 
     `linked`: a foreign program still has its link, though nothing will come over it; the end of that would do too.
+    `eject`: the device is about to be taken out.
     """
 
     linked: bool = False
+    eject: bool = False
 
 
 ToHost = Start | TakeOver | Stop

@@ -51,8 +51,8 @@
 # ///
 """fat: FAT12, FAT16 and FAT32 volumes with long names, on a block service.
 
-The files, from the kernel inwards: operations (every FUSE request), renames, contents and ahead (what is in files),
-nodes (what a file is while it is used); directory, index, dots, entries, names, times (directories and the format of
+The files, from the kernel inwards: operations (names), handles and attributes (the other requests), renames, contents,
+reserve and ahead (what is in files), nodes (what a file is while it is used); directory, index, dots, entries, names, times (directories and the format of
 what is in them); stream and chain (where on the volume a byte is); table and free (the file allocation table);
 change, sectors and intents (how metadata gets to the device, whole or not at all); volume (all of it, and its state of
 order); boot and damage; device (the block service), turns (who is next).

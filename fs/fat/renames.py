@@ -142,8 +142,7 @@ class Rename:
             if not node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory is there")
             if self._parent.is_at_or_below(other):
-                # What is moved is in it. The kernel sees to that, but to look would be to wait for our own turn.
-                raise OSError(errno.ENOTEMPTY, "the directory is not empty")
+                raise OSError(errno.ENOTEMPTY, "the directory is not empty")  # what is renamed is in it
             await self._nodes.require_empty(other)
         elif node.is_directory:
             raise NotADirectoryError(errno.ENOTDIR, "what is there is no directory")

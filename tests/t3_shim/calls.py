@@ -129,6 +129,14 @@ def many_writers(fds: list[int], size: int) -> list[int]:
     return results
 
 
+def exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def names(path: str) -> list[str]:
     return sorted(os.listdir(path))
 
@@ -247,6 +255,59 @@ def mapped(path: str) -> bytes:
             return view[:]
     finally:
         os.close(fd)
+
+
+_map: list[object] = []  # the mapping of this program, and its descriptor
+
+
+def map_open(path: str) -> None:
+    """Map a file, shared and writable."""
+    import mmap
+
+    fd = os.open(path, os.O_RDWR)
+    _map[:] = mmap.mmap(fd, 0), fd
+
+
+def map_read(offset: int, size: int) -> bytes:
+    return _map[0][offset : offset + size]  # type: ignore[index]
+
+
+def map_write(offset: int, data: bytes) -> None:
+    _map[0][offset : offset + len(data)] = data  # type: ignore[index]
+
+
+def map_sync() -> None:
+    _map[0].flush()  # type: ignore[attr-defined]
+
+
+def map_fault(offset: int) -> bool:
+    """Whether the page cannot be had: SIGBUS, in a process that may die of it."""
+    child = os.fork()
+    if not child:
+        map_read(offset, 1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -7
+
+
+def map_close() -> None:
+    _map[0].close()  # type: ignore[attr-defined]
+    os.close(_map[1])  # type: ignore[arg-type]
+
+
+def interruptible_write(path: str) -> int:
+    """A WRITE, with a handler for SIGUSR1 that does nothing: the errno with which the system call ended.
+
+    The descriptor stays open: a close might wait again.
+    """
+    import ctypes
+    import signal
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, True)
+    fd = os.open(path, os.O_WRONLY)
+    got = libc.pwrite(fd, b"x", ctypes.c_size_t(1), ctypes.c_long(0))
+    return ctypes.get_errno() if got < 0 else 0
 
 
 def interruptible_read(path: str) -> int:

@@ -421,31 +421,6 @@ def test_without_a_next_driver_everything_fails_until_there_is_one():
         assert mount.usual.do("pwrite", fd, b"NEW", 0) == 3
 
 
-@pytest.mark.parametrize("where", ["at the driver", "parked"])
-def test_a_device_that_is_gone_is_enodev_for_what_waits_and_what_comes_until_the_next_driver(where):
-    with recovering() as mount:
-        fd = mount.do("open", "file", os.O_RDWR)
-        cached = mount.usual.do("pread", fd, 10, 0)
-        if where == "parked":
-            mount.lose_driver()
-        mount.driver.hold(Opcode.LOOKUP)
-        other = mount.program()
-        other.start("stat", mount.path("d/inner"))
-        if where == "at the driver":
-            mount.driver.wait_for(Opcode.LOOKUP)
-        mount.shim.send({"t": "detach", "text": "unplugged"})
-        with pytest.raises(OSError) as failure:
-            other.wait(1.0)
-        assert failure.value.errno == errno.ENODEV
-        mount.wait_lost()
-        assert mount.fails("stat", "d/inner") == errno.ENODEV
-        assert mount.usual.do("pread", fd, 10, 0) == cached
-        assert mount.usual.fails("pwrite", fd, b"NEW", 0) == errno.ENODEV
-        mount.next_driver()
-        assert mount.do("stat", "d/inner")["st_size"] == 5
-        assert mount.usual.do("pwrite", fd, b"NEW", 0) == 3
-
-
 def test_a_detach_after_a_detach_or_a_failure_changes_only_the_answer():
     with recovering() as mount:
         mount.lose_driver()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from udf.errors import UserError
 from udf.manifest.check import MOUNT_WORDS
-from udf.supervisor import catalog, logs, options, output, pathcheck, paths, sockets, spawn
+from udf.supervisor import catalog, logs, options, output, pathcheck, paths, sockets, spawn, unplugged
 from udf.supervisor.client import Connection, NoSupervisorError, find_daemon, supervisors
 from udf.supervisor.notify import Notifier
 from udf.supervisor.options import MountOptions
@@ -42,6 +42,27 @@ def test_a_spare_and_the_patience_of_requests_are_asked_for() -> None:
     assert options.split({"spare": "", "patience": "5"}) == (MountOptions(spare=True, patience=5.0), {})
     assert options.split({"spare": "1"})[0].spare
     assert not options.split({"spare": "0"})[0].spare
+
+
+@pytest.mark.parametrize(
+    ("given_options", "wait", "max_stale", "grace"),
+    [
+        ({}, 0, 30, 30),
+        ({"on_unplug": "fail"}, 0, 30, 30),
+        ({"on_unplug": "wait:5s"}, 5, 30, 30),
+        ({"on_unplug": "wait:5"}, 5, 30, 30),
+        ({"on_unplug": "wait:60s"}, 60, 60, 60),
+        ({"grace": "10"}, 0, 10, 10),
+        ({"grace": "0"}, 0, 0, 0),
+        ({"max_stale": "0"}, 0, 0, 30),
+        ({"on_unplug": "wait:2", "max_stale": "1.5s", "grace": "90s"}, 2, 1.5, 90),
+    ],
+)
+def test_what_is_said_of_an_unplug_decides_what_is_not(
+    given_options: dict[str, str], wait: float, max_stale: float, grace: float
+) -> None:
+    ours, drivers = options.split(given_options)
+    assert (ours.on_unplug_wait, ours.max_stale, ours.grace, drivers) == (wait, max_stale, grace, {})
 
 
 def test_what_fstab_says_for_others_is_skipped() -> None:
@@ -66,6 +87,17 @@ def test_what_fstab_says_for_others_is_skipped() -> None:
         ({"deadline": "soon"}, "not a number"),
         ({"patience": "-1"}, "patience=-1 is not a number"),
         ({"spare": "2"}, "neither spare=1 nor spare=0"),
+        ({"on_unplug": ""}, "neither on_unplug=fail nor on_unplug=wait:SECONDS"),
+        ({"on_unplug": "wait"}, "neither on_unplug=fail nor on_unplug=wait:SECONDS"),
+        ({"on_unplug": "wait:"}, "on_unplug=wait: is not a number of seconds from 0.1 to 3600"),
+        ({"on_unplug": "wait:0"}, "on_unplug=wait:0 is not a number"),
+        ({"on_unplug": "wait:30m"}, "on_unplug=wait:30m is not a number"),
+        ({"on_unplug": "wait:nan"}, "not a number"),
+        ({"grace": "-1"}, "grace=-1 is not a number of seconds from 0 to 3600"),
+        ({"max_stale": "inf"}, "max_stale=inf is not a number"),
+        ({"on_unplug": "wait:30", "grace": "20"}, "on_unplug=wait:30 is longer than grace=20"),
+        ({"on_unplug": "wait:1", "grace": "0"}, "give a longer grace"),
+        ({"max_stale": "60"}, "max_stale=60 is longer than the 30 s"),
         ({"x" * 5000: ""}, "too long"),
         ({str(n): "" for n in range(300)}, "more than 200 options"),
     ],
@@ -85,7 +117,7 @@ def test_any_options_are_split_or_refused(given_options: dict[str, str]) -> None
 
 
 def test_a_manifest_cannot_declare_what_a_mount_understands() -> None:
-    taken = {*options._FLAGS, "max_read", "fsname", "deadline", "patience", "spare"}
+    taken = {*options._FLAGS, "max_read", "fsname", "deadline", "patience", "spare", "on_unplug", "max_stale", "grace"}
     assert taken <= MOUNT_WORDS <= taken | options._IGNORED
 
 
@@ -506,3 +538,39 @@ def test_tmpfiles_and_sysusers_are_accepted_by_systemd(tmp_path: Path) -> None:
 
 def test_an_identity_is_the_process_itself() -> None:
     assert Identity.own() == Identity(os.geteuid(), os.getegid(), tuple(os.getgroups()))
+
+
+# ---- a device that is away
+
+
+@pytest.mark.parametrize(
+    ("left", "readable", "wait", "text"),
+    [
+        (
+            25.0,
+            19.8,
+            0,
+            "the device was unplugged; cached files can be read for 20 s more; plug it back within 25 s to go on",
+        ),
+        (24.1, -1, 0, "the device was unplugged; nothing can be read; plug it back within 25 s to go on"),
+        (
+            0.5,
+            0,
+            5,
+            "the device was unplugged; nothing can be read; requests wait for it, 5 s at most;"
+            " plug it back within 1 s to go on",
+        ),
+        (
+            float("inf"),
+            3,
+            0,
+            "the device was unplugged; cached files can be read for 3 s more; one was plugged in and is looked at",
+        ),
+        (0, 10, 5, "the device was unplugged"),
+        (float("-inf"), 10, 0, "the device was unplugged"),
+    ],
+)
+def test_a_mount_without_its_device_says_how_long_that_goes_well(
+    left: float, readable: float, wait: float, text: str
+) -> None:
+    assert unplugged.text_of(left, readable=readable, wait=wait) == text

@@ -16,6 +16,7 @@ from udf.errors import UserError
 from udf.supervisor import client
 
 MAX_LINKS = 40
+TAGS = ("LABEL=", "UUID=")  # words for a volume, whatever it is on
 Row = Mapping[str, Any]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from udf.cli import devices, recovering, show
 from udf.cli.asking import (
+    TAGS,
     Meant,
     Row,
     absolute,
@@ -35,7 +36,9 @@ def daemon(arguments: argparse.Namespace) -> int:
     """`udf daemon`."""
     from udf.supervisor.daemon import main
 
-    return main(arguments.socket, usbip=arguments.usbip, rules=arguments.rules and absolute(arguments.rules))
+    automount = arguments.automount and absolute(arguments.automount)
+    rules = arguments.rules and absolute(arguments.rules)
+    return main(arguments.socket, usbip=arguments.usbip, rules=rules, automount=automount)
 
 
 def mount(arguments: argparse.Namespace) -> int:
@@ -49,9 +52,9 @@ def mount(arguments: argparse.Namespace) -> int:
         raise UserError("say which driver is meant with -t DRIVER (`udf drivers` lists them), or give a SOURCE")
     if arguments.foreground and arguments.socket:
         raise UserError("-f supervises the mount itself and --socket asks a daemon: give one of them")
-    source = _absolute_source(sources[0]) if sources else None
     options = options_of(arguments.options)
     connection = None if arguments.foreground else client.find_daemon(arguments.socket)
+    source = _absolute_source(sources[0], connection) if sources else None
     driver = arguments.driver
     if source is not None and not driver and not arguments.program and _source_kind(source) in ("url", "directory"):
         driver = _guess_driver(source, _list_drivers(connection)[0])
@@ -113,7 +116,7 @@ def _guess_driver(source: str, drivers: list[Row]) -> str:
 def _source_kind(source: str) -> str:
     """The word that manifests use for such a source."""
     if not source.startswith("/"):
-        return "url"
+        return "url" if ":" in source.partition("/")[0] and not source.startswith(TAGS) else "name"
     try:
         mode = os.stat(source).st_mode
     except OSError as error:
@@ -125,30 +128,71 @@ def _source_kind(source: str) -> str:
 
 def umount(arguments: argparse.Namespace) -> int:
     """`udf umount`: whichever supervisor has the mount does it."""
-    found = find_meant(arguments.mountpoint, arguments.socket)
+    found = find_meant(arguments.mountpoint, arguments.socket) or _find_device(arguments.mountpoint, arguments.socket)
     mountpoint = absolute_mountpoint(arguments.mountpoint) if found is None else found.mountpoint
     if found is None:
         _clean_stale(mountpoint)
     else:
-        _ask_to_unmount(found, arguments.lazy)
+        mountpoints = _ask_to_unmount(found, arguments.lazy)
+        mountpoint = found.mountpoint or mountpoints[0]
     if arguments.json:
         show.as_json({"mountpoint": mountpoint})
     return 0
 
 
-def _ask_to_unmount(found: Meant, lazy: bool) -> None:
-    mountpoint = found.mountpoint
+def _find_device(text: str, path: str | None) -> Meant | None:
+    """A device of a daemon, of which something may be mounted; whether there is one, only the daemon can tell."""
+    connection = client.find_daemon(path)
+    if connection is None:
+        return None
+    device = text if _may_be_device(text) else absolute(text)
+    return Meant(connection, {"device": device}, "")
+
+
+def _ask_to_unmount(found: Meant, lazy: bool) -> list[str]:
     with found.connection:
         try:
-            found.connection.call("Unmount", **found.which, lazy=lazy or None)
+            return list(found.connection.call("Unmount", **found.which, lazy=lazy or None)["mountpoints"])
         except client.ControlError as error:
-            if error.name != "Busy":
-                raise
-            from udf.cli.holders import describe
+            if error.name == "NotFound" and "device" in found.which:
+                return [_clean_or_refuse(found.which["device"])]
+            raise _busy(error, found.mountpoint, "end that first, or use `udf umount -l`") from None
 
-            raise UserError(
-                f"{mountpoint} is in use by {describe(mountpoint)}: end that first, or use `udf umount -l`"
-            ) from None
+
+def _busy(error: client.ControlError, mountpoint: str, what_to_do: str) -> client.ControlError | UserError:
+    """What to say of a mount that is in use: by whom."""
+    if error.name != "Busy":
+        return error
+    from udf.cli.holders import describe
+
+    where = mountpoint or str(error.parameters.get("mountpoint", ""))
+    return UserError(f"{where} is in use by {describe(where)}: {what_to_do}")
+
+
+def _clean_or_refuse(text: str) -> str:
+    mountpoint = absolute_mountpoint(text)
+    _clean_stale(mountpoint)
+    return mountpoint
+
+
+def eject(arguments: argparse.Namespace) -> int:
+    """`udf eject`: everything that is mounted of a device is unmounted, and the device ends."""
+    connection = client.find_daemon(arguments.socket)
+    if connection is None:
+        raise client.NoSupervisorError("no daemon runs, and devices are served by one: start `udf daemon`")
+    text = arguments.device
+    with connection:
+        try:
+            answer = connection.call(
+                "Eject", device=text if _may_be_device(text) else absolute(text), mountpoint=absolute_mountpoint(text)
+            )
+        except client.ControlError as error:
+            raise _busy(error, "", "end that first; nothing was ejected") from None
+    if arguments.json:
+        show.as_json(answer)
+    else:
+        show.line(f"{answer['text']}.")
+    return 0
 
 
 def _clean_stale(mountpoint: str) -> None:
@@ -189,6 +233,10 @@ def status(arguments: argparse.Namespace) -> int:
         for row in mounts:
             if row["state"] != "ACTIVE" and row["text"]:
                 show.line(f"{row['mountpoint']}: {row['reason']}: {row['text']}")
+            elif row["kind"] == "mount" and row["device"] and not row["volume"]:
+                show.line(
+                    f"{row['mountpoint']}: {row['driver']} takes files: this mount does not live through an unplug"
+                )
     else:
         show.line("Nothing is mounted.")
     return 0
@@ -201,7 +249,7 @@ def _status_row(row: Row) -> tuple[object, ...]:
         state,
         row["driver"],
         row["mountpoint"],
-        row["source"] or row.get("device") or "-",
+        (row["kind"] == "mount" and row.get("device")) or row["source"] or row.get("device") or "-",
         row["generation"],
         row["restarts_left"],
         row["durability"],
@@ -325,16 +373,33 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if able else 1
 
 
-def _absolute_source(source: str) -> str | None:
-    """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it."""
+def _absolute_source(source: str, connection: client.Connection | None = None) -> str | None:
+    """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it.
+
+    A relative path that does not exist may be the name of a device, if there is a daemon that has devices.
+    """
     if source == "none":
         return None
     head, _, _ = source.partition("/")
-    return source if ":" in head else absolute(source)
+    if source.startswith(TAGS):
+        if connection is None:
+            raise client.NoSupervisorError(
+                f"no daemon runs that could know {source}: start `udf daemon`, or name the image or device itself"
+            )
+        return source
+    if ":" in head or (connection is not None and _may_be_device(source)):
+        return source
+    return absolute(source)
+
+
+def _may_be_device(text: str) -> bool:
+    """Whether it is not a path."""
+    return text.startswith(TAGS) or not (text.startswith(("/", ".")) or os.path.lexists(text))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    command.__name__: command for command in (daemon, mount, attach, umount, status, drivers, events, trace, doctor)
+    command.__name__: command
+    for command in (daemon, mount, attach, umount, eject, status, drivers, events, trace, doctor)
 }
 COMMANDS |= {command.__name__: command for command in (recovering.restart, recovering.hung, recovering.crashes)}
 COMMANDS |= {

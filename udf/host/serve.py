@@ -107,6 +107,7 @@ class _Life:
         self._supervisor = supervisor
         self._driver = driver
         self._start = start
+        self._ejects = False  # the device is about to be taken out
         self._has_hooks = start.driver.kind != "fs"
         self._terminate: Callable[[], None] = pyfuse3.terminate
 
@@ -156,7 +157,7 @@ class _Life:
                 nursery.cancel_scope.cancel()
                 await finish()
                 if self._has_hooks:
-                    await faces.stop(self._driver)
+                    await faces.stop(self._driver, eject=self._ejects)
         return 0
 
     async def _start_driver(self) -> int | None:
@@ -169,7 +170,8 @@ class _Life:
                 return _fail(self._supervisor, exc)
         return 0 if scope.cancel_called else None
 
-    def _end(self) -> None:
+    def _end(self, eject: bool) -> None:
+        self._ejects = eject
         self._terminate()
 
     async def _end_on_sigterm(self, task_status: trio.TaskStatus[None]) -> None:

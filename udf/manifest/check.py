@@ -36,8 +36,9 @@ OPTION_TYPES = ("str", "int", "float", "bool", "size", "path")
 # Options that belong to the mount, whatever the driver: a manifest cannot declare them.
 MOUNT_WORDS = {
     "ro", "rw", "allow_other", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "noatime", "atime", "relatime",
-    "nonempty", "max_read", "fsname", "spin", "nospin", "deadline", "patience", "spare", "defaults", "auto",
-    "noauto", "nofail", "user", "nouser", "users", "owner", "group", "async", "default_permissions",
+    "nonempty", "max_read", "fsname", "spin", "nospin", "deadline", "patience", "spare", "on_unplug", "max_stale",
+    "grace", "defaults", "auto", "noauto", "nofail", "user", "nouser", "users", "owner", "group", "async",
+    "default_permissions",
 }  # fmt: skip
 
 _DOCSTRING = re.compile(r'^"""([^"\n]{1,200})', re.MULTILINE)  # what a driver without a description is described by

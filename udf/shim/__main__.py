@@ -111,8 +111,8 @@ def make_mount(config: Config) -> int:
         raise StartFailed(error.strerror or str(error), error.errno or errno.EIO) from None
 
 
-def agree_with_kernel(device: int, terms: DriverTerms, config: Config) -> None:
-    """Answer the kernel's INIT, which it sends right after the mount. Raises StartFailed."""
+def agree_with_kernel(device: int, terms: DriverTerms, config: Config) -> int:
+    """Answer the kernel's INIT, which it sends right after the mount; its protocol's minor. Raises StartFailed."""
     buffer = bytearray(REQUEST_BUFFER)
     end = time.monotonic() + 10
     while True:
@@ -128,6 +128,7 @@ def agree_with_kernel(device: int, terms: DriverTerms, config: Config) -> None:
         raise StartFailed(str(refused), errno.EPROTO) from None
     reply = kernel_reply(offer, terms, exclusive=config.exclusive, acl=config.acl, locks=config.locks)
     os.write(device, OUT_HEADER.pack(OUT_HEADER.size + len(reply), 0, offer.unique) + reply)
+    return offer.minor
 
 
 def start(control: Control) -> Loop:
@@ -140,8 +141,9 @@ def start(control: Control) -> Loop:
     terms = agree_with_driver(link, config)
     device = make_mount(config)
     try:
-        agree_with_kernel(device, terms, config)
+        kernel_minor = agree_with_kernel(device, terms, config)
         service = Service(config, terms, device, link, Notifier(device), ListingCache(), lambda _: None)
+        service.kernel_minor = kernel_minor
         loop = Loop(service, control, Spin(config.spin))
         control.send({"t": "mounted"}, (device,))
     except BaseException:
@@ -189,7 +191,7 @@ def main() -> int:
         return 1
     if loop.external:
         _clean_up(mountpoint)
-    loop.tell({"t": "unmounted", "external": loop.external})
+    loop.tell({"t": "unmounted", "external": loop.external, "unsaved": loop.unsaved})
     try:
         control.flush(5.0)
     except SupervisorGone:

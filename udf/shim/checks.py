@@ -184,6 +184,7 @@ def _created(s: Service, pending: Pending, size: int) -> int:
     slot = _enter(s, pending, name)
     flags = _U32.unpack_from(pending.request, BODY)[0]
     handle = add_handle(s, pending, slot, flags, driver_handle, False, fopen)
+    handle.written = True  # it is new, even if nothing is ever written
     if pending.op == Opcode.TMPFILE:  # open, so that a LINK of it finds the same node
         s.nodes.unlink(pending.slot, name)  # its name was only the request's
     buffer[OUT + ENTRY_OUT.size : size] = open_reply(s, handle, fopen & FOPEN_ALLOWED)

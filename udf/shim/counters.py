@@ -8,9 +8,11 @@ class Counters:
 
     __slots__ = (
         "attr_hits",
+        "detaches",
         "driver_faults",
         "driver_round_trips",
         "interrupts",
+        "invalidated",
         "listing_hits",
         "local_answers",
         "name_hits",
@@ -32,9 +34,11 @@ class Counters:
 
     def __init__(self) -> None:
         self.attr_hits = 0
+        self.detaches = 0  # times that the device went away
         self.driver_faults = 0
         self.driver_round_trips = 0
         self.interrupts = 0
+        self.invalidated = 0  # nodes of which the kernel was made to forget everything, because the device stays away
         self.listing_hits = 0
         self.local_answers = 0
         self.name_hits = 0

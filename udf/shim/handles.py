@@ -6,7 +6,6 @@ A handle that the shim opened by itself has `driver_handle` None until the first
 
 from __future__ import annotations
 
-import os
 from array import array
 from bisect import bisect_right
 from struct import Struct
@@ -70,7 +69,7 @@ class Listing:
 class Handle:
     """One open file or directory of the kernel's."""
 
-    __slots__ = ("driver_handle", "flags", "is_dir", "listing", "lost", "number", "opening", "slot")
+    __slots__ = ("driver_handle", "flags", "is_dir", "listing", "number", "opening", "slot", "written")
 
     def __init__(self, number: int, slot: int, flags: int, is_dir: bool, driver_handle: int | None) -> None:
         self.number = number
@@ -79,7 +78,7 @@ class Handle:
         self.is_dir = is_dir
         self.driver_handle = driver_handle
         self.opening = False
-        self.lost = False  # a driver that died had it open for writing: what a close must tell is for the next one
+        self.written = False  # a close must tell the driver, whichever generation of it there is then
         self.listing: Listing | None = None
 
 
@@ -107,9 +106,7 @@ class HandleTable:
     def forget_driver(self) -> None:
         """The driver is gone, and with it what it had opened."""
         for handle in self._by_number.values():
-            if handle.driver_handle is not None:
-                handle.lost = handle.lost or bool(handle.flags & os.O_ACCMODE)
-                handle.driver_handle = None
+            handle.driver_handle = None
             handle.opening = False
 
     def remove(self, handle: Handle) -> None:

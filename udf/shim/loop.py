@@ -20,8 +20,10 @@ from typing import Any
 from udf.fuse.mount import MountError, unmount
 from udf.fuse.structs import IN_HEADER
 from udf.shim import replies
+from udf.shim.away import NOTHING_KNOWN
 from udf.shim.control import Control, SupervisorGone
 from udf.shim.graph import Unresolved
+from udf.shim.last_sync import LastSync
 from udf.shim.link import LinkClosed
 from udf.shim.patience import check_time, give_up
 from udf.shim.requests import HANDLERS
@@ -35,7 +37,9 @@ REQUEST_BUFFER = 128 * 1024 + 8192  # the kernel wants at least max_write + 80 a
 _HEARTBEAT = 1.0
 _LOOK = 0.25  # how often what waits is looked at
 _TICK = 0.05  # how often deadlines of interrupted requests are looked at
+_SWEEP = 0.002  # how long the notifier has before it is given more
 _BROKEN_AFTER = 1.0  # seconds that the rest of a reply in several packets is waited for
+_DRAINED = 4096  # messages of a driver whose device is gone; what it had said by then counts
 _IN, _OUT, _HUP, _ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
 
 
@@ -58,6 +62,7 @@ class Loop:
         self._epoll.register(service.link.fd, _IN)
         self._linked = True  # the link is in the set
         service.recovery.wants_quiet = self._be_quiet
+        service.recovery.away.knows_nothing = self._know_nothing
         self._epoll.register(control.fd, _IN)
         self._wake, self._waker = os.pipe()
         self._epoll.register(self._wake, _IN)
@@ -65,7 +70,10 @@ class Loop:
         self._unmount_lazily = False
         self._asked_to_unmount = False
         self._unmount_error: MountError | None = None
-        self._handlers = [HANDLERS.get(op) for op in range(max(HANDLERS) + 1)]
+        self._usual_handlers = [HANDLERS.get(op) for op in range(max(HANDLERS) + 1)]
+        self._nothing_known = [NOTHING_KNOWN.get(op) for op in range(max(HANDLERS) + 1)]
+        self._handlers = self._usual_handlers
+        self._last_sync: LastSync | None = None  # the mount is gone, and the driver is saving what it has
         service.tell = self.tell
         service.dispatch = self.handle
         service.complete = partial(replies.complete, service)
@@ -84,12 +92,25 @@ class Loop:
             self._epoll.modify(self.s.link.fd, _IN | _OUT if wanted else _IN)
 
     def run(self) -> None:
-        """Serve. Raises SupervisorGone; returns when the mount is gone."""
+        """Serve. Raises SupervisorGone; returns when the mount is gone and the driver has saved what it kept back."""
+        self._look_around()
+        self._serve()
+        self._epoll.unregister(self.s.device)
+        self._last_sync = LastSync(self.s, lambda: os.write(self._waker, b"s"))
+        if not self._last_sync.is_over:
+            self._serve()
+
+    @property
+    def unsaved(self) -> str:
+        """What the driver could not save before the end, as a sentence; "" if it has saved everything."""
+        return "" if self._last_sync is None else self._last_sync.error
+
+    def _serve(self) -> None:
         s = self.s
         poll = self._epoll.poll
         spin = self._spin
         device, recovery = s.device, s.recovery
-        self._look_around()
+        away = recovery.away
         next_beat = next_look = 0.0
         forgets = s.nodes.forgets
         try:
@@ -99,8 +120,10 @@ class Loop:
                     timeout = (
                         _TICK
                         if s.interrupted or s.link.incomplete
+                        else _SWEEP
+                        if away.sweeping
                         else _LOOK
-                        if s.waiting or s.tasks or recovery.waits
+                        if s.waiting or s.tasks or recovery.waits or self._last_sync
                         else _HEARTBEAT
                     )
                     events = poll(timeout)
@@ -114,12 +137,14 @@ class Loop:
                     elif fd == self.control.fd:
                         self._from_supervisor()
                     elif fd == self._wake:
-                        self._unmount_ended()
+                        self._woken()
                     # else: a link that an event before this one has replaced
                 if forgets and s.connected:
                     self._send_forgets(forgets)
                 if recovery.alone and not s.is_waiting(recovery.alone):
                     recovery.next_suspect()
+                if away.sweeping:
+                    away.sweep()
                 now = monotonic()
                 if now >= next_look or s.interrupted or s.link.incomplete:
                     next_look = now + _LOOK
@@ -143,6 +168,10 @@ class Loop:
         """Leave the kernel's requests unread, or read them again."""
         self._epoll.modify(self.s.device, 0 if quiet else _IN)
 
+    def _know_nothing(self, nothing: bool) -> None:
+        """Answer nothing from what is known, or as ever."""
+        self._handlers = self._nothing_known if nothing else self._usual_handlers
+
     def _send_forgets(self, forgets: list[tuple[int, int]]) -> None:
         try:
             self.s.link.send_forgets(forgets)
@@ -158,6 +187,8 @@ class Loop:
             replies.give_up_broken(s, s.link)
         if s.tracer is not None and s.tracer.closed:
             self._trace(None)
+        if self._last_sync is not None and self._last_sync.check_time(now):
+            raise Unmounted
         s.counters.spins, s.counters.spins_won = self._spin.spins, self._spin.won
 
     def _from_kernel(self) -> None:
@@ -212,6 +243,8 @@ class Loop:
             elif size:
                 s.recovery.greeted(size)
                 self._let_go_of_refused()
+                if self._last_sync is not None:
+                    self._last_sync.begin()
         except LinkClosed as closed:
             self._lose_link(str(closed))
         except Exception:  # ours: whoever waits for this reply meets its deadline
@@ -250,15 +283,31 @@ class Loop:
         elif kind == "fail":
             self.s.recovery.fail()
         elif kind == "detach":
-            # Whatever the driver would say yet says nothing of a device that is gone, and nobody waits to hear it.
-            self._lose_link("the device is gone")
-            self.s.recovery.fail(errno.ENODEV)
+            self._detach(float(message.get("wait", 0.0)), float(message.get("max_stale", 0.0)))
         elif kind == "requests":
             self.tell({"t": "requests", "id": message.get("id", 0), **self.s.recovery.requests()})
         elif kind == "abort":
             give_up(self.s, int(message.get("request", 0)), errno.EIO)
         for fd in fds:
             os.close(fd)
+
+    def _detach(self, wait: float, max_stale: float) -> None:
+        """The device is gone. What the driver has said by now is true; what it would say yet, nobody waits to hear."""
+        s = self.s
+        for _ in range(_DRAINED):
+            if not s.connected:
+                break
+            try:
+                size = s.link.receive(s.expected)
+                if not size:
+                    break
+                replies.on_message(s, s.link, size)
+            except LinkClosed:
+                break
+            except Exception:  # ours, as in _from_driver
+                traceback.print_exc()
+        s.recovery.detach(wait, max_stale)
+        self._lose_link("the device is gone")
 
     def _attach(self, fd: int, message: dict[str, Any]) -> None:
         if self.s.connected or self.s.recovery.greeting:
@@ -280,6 +329,9 @@ class Loop:
             late=len(s.late),
             unanswered=len(s.asks),
             remembered=len(s.remembered),
+            notifying=len(s.notifier),
+            away=int(s.recovery.away.is_away),
+            stale_for=round(s.recovery.away.stale_for, 3),
             kernel_lookups=s.nodes.total_lookups(),
             driver_lookups=s.nodes.total_driver_lookups(),
         )
@@ -297,6 +349,7 @@ class Loop:
             return
         self._asked_to_unmount = True
         self._unmount_lazily = lazy
+        self.s.recovery.unmount_begins(lazy=lazy)
         self._unmounting = threading.Thread(target=self._unmount, args=(lazy,), name="unmount", daemon=True)
         self._unmounting.start()
 
@@ -308,11 +361,18 @@ class Loop:
             self._unmount_error = error
         os.write(self._waker, b"u")
 
+    def _woken(self) -> None:
+        said = os.read(self._wake, 16)
+        if b"u" in said:
+            self._unmount_ended()
+        if b"s" in said:
+            raise Unmounted
+
     def _unmount_ended(self) -> None:
-        os.read(self._wake, 16)
         if self._unmounting is not None:
             self._unmounting.join()
         self._unmounting = None
+        self.s.recovery.unmounting = False
         error = self._unmount_error
         if error is None:
             if self._unmount_lazily:

@@ -52,6 +52,7 @@ class Notifier:
         self._stored = 0
         self._limit = _LIMIT
         self._closed = False
+        self._in_hand = 0
         self._thread = threading.Thread(target=self._run, name="notifier", daemon=True)
         self._thread.start()
 
@@ -69,6 +70,25 @@ class Notifier:
             return
         if queued is not None:
             self._put(*queued)
+
+    def __len__(self) -> int:
+        """Return how many notifications the kernel has not taken."""
+        return len(self._waiting) + self._in_hand
+
+    def invalidate(self, node_id: int, *, pages: bool = True) -> None:
+        """Have the kernel forget the attributes of a node, and its pages."""
+        if pages:
+            self._put(("inode", node_id), notify_inval_inode(node_id))
+        else:
+            self._put(("attributes", node_id), notify_inval_inode(node_id, -1, 0))
+
+    def expire(self, parent_id: int, name: bytes) -> None:
+        """Have the kernel look a name up again when it is next used."""
+        self._put(("entry", parent_id, name), notify_inval_entry(parent_id, name, expire_only=True))
+
+    def expire_names(self) -> None:
+        """The same for every name and every listing; a kernel that is older than 7.44 does not know how."""
+        self._put("epoch", notify_inc_epoch())
 
     def _put(self, key: object, message: bytes) -> None:
         with self._condition:
@@ -103,12 +123,14 @@ class Notifier:
                     return
                 key = next(iter(self._waiting))
                 message = self._waiting.pop(key)
+                self._in_hand = 1
                 if len(message) > _STORE_BIG:
                     self._stored = max(0, self._stored - len(message))
             try:
                 os.write(self._device, message)
             except OSError:
-                continue  # the kernel does not know the node or the name (ENOENT), or is too old for the code (EINVAL)
+                pass  # the kernel does not know the node or the name (ENOENT), or is too old for the code (EINVAL)
+            self._in_hand = 0
 
     def close(self) -> None:
         """End the thread; what waits is dropped, because the mount is gone."""

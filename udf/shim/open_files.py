@@ -81,8 +81,8 @@ def open_reply(s: Service, handle: Handle, fopen: int) -> bytes:
         fopen |= _KEEP_CACHE
     if handle.is_dir:
         fopen = fopen | _CACHE_DIR | _KEEP_CACHE if s.exclusive else fopen
-    elif handle.flags & os.O_ACCMODE == os.O_RDONLY and handle.driver_handle is None and not s.config.locks:
-        fopen |= _NOFLUSH  # nothing was written through it, and no lock is the driver's
+    elif handle.flags & os.O_ACCMODE == os.O_RDONLY and not s.config.locks:
+        fopen |= _NOFLUSH  # nothing is written through it, and no lock is the driver's
     return _pack_open(handle.number, fopen, 0)
 
 
@@ -107,6 +107,7 @@ def write(s: Service, unique: int, node_id: int, message: memoryview) -> None:
         s.answer_error(unique, errno.EBADF)
         return
     slot = handle.slot
+    handle.written = True
     if message[BODY + 20] & _WRITE_KILL:
         mode = s.nodes.mode(slot)
         if without_suid(mode) != mode:
@@ -117,7 +118,8 @@ def write(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     if handle.driver_handle is None:
         _open_then(s, unique, node_id, message, handle)
         return
-    s.nodes.touch(slot)
+    if s.connected:
+        s.nodes.touch(slot)
     s.forward(16, unique, node_id, slot, message, handle)
 
 
@@ -131,6 +133,8 @@ def with_handle(s: Service, unique: int, node_id: int, message: memoryview) -> N
     op = message[4]
     refused = s.refused.get(op)
     if refused is not None:
+        if not refused and not s.connected and not s.recovery.lets(unique, op, node_id, message):
+            return  # what a driver need not be asked for must not be said of one that is not there
         s.counters.local_answers += 1
         s.answer_error(unique, refused)
         return
@@ -146,13 +150,17 @@ def with_handle(s: Service, unique: int, node_id: int, message: memoryview) -> N
 
 
 def flush(s: Service, unique: int, node_id: int, message: memoryview) -> None:
-    """FLUSH: of a handle that the driver does not know there is nothing to flush."""
+    """FLUSH: of a handle that nothing was written through there is nothing to flush.
+
+    What was changed through a mapping the kernel has written before, by a handle that it chose.
+    """
     handle = s.handles.get(_U64.unpack_from(message, BODY)[0])
-    if handle is not None and handle.driver_handle is None and handle.lost:
-        _open_then(s, unique, node_id, message, handle)  # a driver may keep something back until it is told
-    elif handle is None or handle.driver_handle is None:
+    has_locks = s.config.locks and handle is not None and handle.driver_handle is not None
+    if handle is None or not (handle.written or has_locks):
         s.counters.local_answers += 1
         s.answer(unique)
+    elif handle.driver_handle is None:
+        _open_then(s, unique, node_id, message, handle)  # a driver may keep something back until it is told
     else:
         s.forward(25, unique, node_id, handle.slot, message, handle)
 
@@ -166,7 +174,7 @@ def fallocate(s: Service, unique: int, node_id: int, message: memoryview) -> Non
             request = bytes(message)
             s.start(unique, 43, request, tasks.kill_suid_first(s, unique, node_id, request, handle.slot))
             return
-        s.nodes.touch(handle.slot)
+        s.changes(handle.slot)
     with_handle(s, unique, node_id, message)
 
 
@@ -187,7 +195,7 @@ def copy_file_range(s: Service, unique: int, node_id: int, message: memoryview) 
             _open_then(s, unique, node_id, message, handle)
             return
     source_id, target_id = s.nodes.driver(source.slot), s.nodes.driver(target.slot)
-    s.nodes.touch(target.slot)
+    s.changes(target.slot)
     pending = s.keep(op, node_id, source.slot, message)
     pending.handle = target
     _U64.pack_into(message, 16, source_id)

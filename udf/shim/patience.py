@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, INTERRUPT_IN
 from udf.shim.inflight import INTERRUPT_UNIQUE, Pending
-from udf.shim.replay import PURE
+from udf.shim.replay import PURE, REPLAY, Replay
 from udf.shim.stale import stale_attributes
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ GRACE = 0.2  # seconds that an interrupted request still has when its caller is 
 _EXTENSIONS = 10  # deadlines that a request may take when its driver says that it gets on
 _LOOKS = 64  # callers looked at in one round
 _SIGKILL_BIT = 1 << 8
+_PF_EXITING = 1 << 2  # of the kernel's flags of a thread
 _LATE_REQUEST = 9000  # bytes: two names of the greatest length and what is before them
 
 
@@ -45,6 +46,8 @@ def interrupt(s: Service, target: int) -> None:
         request, harmless = task.request, task.op in PURE
     elif (parked := s.recovery.parked.get(target)) is not None:
         request, harmless = parked.request, not parked.sent or parked.op in PURE
+        # A device may stay away for long. What can be done twice may be tried again by whoever was interrupted.
+        harmless = harmless or (s.recovery.away.is_away and REPLAY[parked.op] is Replay.IDEMPOTENT)
     else:
         return
     if harmless:
@@ -60,7 +63,7 @@ def give_up(s: Service, unique: int, error: int) -> bool:
     elif (task := s.tasks.get(unique)) is not None:
         s.end_task(task, error)  # its steps go on, to note what they have changed
         return True
-    elif s.recovery.take(unique) is None:
+    elif s.recovery.drop(unique) is None:
         return False
     s.answer_error(unique, error)
     return True
@@ -125,15 +128,21 @@ def still_working(s: Service, op: int) -> None:
 
 
 def _free_dying(s: Service, before: float) -> None:
-    """Let go of callers that are being killed without an INTERRUPT: the kernel sends none for direct I/O."""
+    """Let go of callers that are being killed without an INTERRUPT: the kernel sends none for direct I/O.
+
+    One that exits closes its files, and what a FLUSH says is nobody's concern then: a device that may stay away for
+    long is not waited for.
+    """
+    away = s.recovery.away.is_away
     waiting = [(unique, p.op in PURE, p.request, p.sent) for unique, p in s.waiting.items()]
     waiting += [(unique, task.op in PURE, task.request, task.asked) for unique, task in s.tasks.items()]
     waiting += [
-        (unique, not parked.sent or parked.op in PURE, parked.request, parked.since)
+        (unique, not parked.sent or parked.op in PURE or away, parked.request, parked.since)
         for unique, parked in s.recovery.parked.items()
     ]
     for unique, harmless, request, since in waiting[:_LOOKS]:
-        if since < before and harmless and _is_dying(IN_HEADER.unpack_from(request)[6]):
+        thread = IN_HEADER.unpack_from(request)[6]
+        if since < before and harmless and (_is_dying(thread) or (away and _is_exiting(thread))):
             give_up(s, unique, errno.EINTR)
 
 
@@ -153,3 +162,12 @@ def _is_dying(thread: int) -> bool:
     except (OSError, ValueError):
         pass  # not visible from here: it gets the grace
     return False
+
+
+def _is_exiting(thread: int) -> bool:
+    """Whether *thread* has ended and is closing what it had open."""
+    try:
+        with open(f"/proc/{thread}/stat", "rb") as stat:
+            return bool(int(stat.read().rpartition(b")")[2].split()[6]) & _PF_EXITING)
+    except (OSError, ValueError, IndexError):
+        return False

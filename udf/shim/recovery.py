@@ -6,8 +6,10 @@ generation (the supervisor does), or lose a request: what is parked leaves only 
 up with an errno.
 
     lost ──▶ parked ──▶ attach: INIT ──▶ agreed: unanswered ones by replay class, oldest first, then what came since
-                │
-                └─▶ fail: EIO (detach, the device is gone: ENODEV) for all, until another attach
+      │         └─▶ fail: EIO for all, until another attach
+      └─▶ detach, the device is gone: ENODEV for all, at once or for what has waited so long, until another attach
+
+`detach` comes in any of these states, and `attach`, `fail` and another `detach` after it; away.py has what is cached.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from udf.fuse.structs import IN_HEADER, OUT_HEADER
+from udf.shim.away import Away
 from udf.shim.contract import INIT_UNIQUE, ContractRefused, driver_init, lacks, parse_driver_init
+from udf.shim.doubt import doubt, is_from_page_cache
 from udf.shim.inflight import Pending, Task
 from udf.shim.link import Link
 from udf.shim.looks import look_first
@@ -62,14 +66,17 @@ class Recovery:
         self._s = service
         self.generation = 1
         self.parked: dict[int, Parked] = {}
-        self.active = False  # lost, and neither agreed nor failed
+        self.away = Away(service)
+        self.active = False  # what comes is parked: lost, and neither agreed nor failed
         self.greeting = False  # INIT is under way
         self.alone = 0  # the suspect that is being tried with nothing else under way
         self.recent: deque[tuple[int, int]] = deque(maxlen=_RECENT)
         self.wants_quiet: Callable[[bool], None] = lambda _: None  # told when no more can be parked, and when it can
         self._bytes = 0
         self._quiet = False
-        self._error = errno.EIO  # of what comes when there is no driver and will be none
+        self.error: int = errno.EIO  # of what comes when there is no driver and will be none, and of who has waited
+        self.unmounting = False
+        self._patience = service.config.patience
         self._known: dict[int, Parked] = {}  # sent on, and not answered yet as far as we know
         self._unanswered: list[int] = []  # under way at the last death
         self._suspects: deque[int] = deque()
@@ -80,7 +87,7 @@ class Recovery:
     @property
     def waits(self) -> bool:
         """Whether something must be looked at from time to time."""
-        return bool(self.parked) or self.greeting
+        return bool(self.parked) or self.greeting or self.away.clock_runs
 
     # ---- without a driver
 
@@ -88,8 +95,11 @@ class Recovery:
         """Whether a request may go to the driver although not all may; if not, it is parked or answered here."""
         if unique == self.alone:
             return True
-        if not self.active:
-            self._s.answer_error(unique, self._error)
+        from_page_cache = is_from_page_cache(op, message)
+        if not self.active or (from_page_cache and self.unmounting and self.away.is_away):
+            self._s.answer_error(unique, self.error)
+            if from_page_cache:
+                self.away.not_saved(node_id)
             return False
         parked = self._known.pop(unique, None) or Parked(unique, op, node_id, bytes(message), monotonic())
         self._park(parked)
@@ -120,6 +130,7 @@ class Recovery:
         under_way = [self._from_pending(unique, pending) for unique, pending in s.waiting.items()]
         under_way += [self._from_task(task) for task in s.tasks.values()]
         under_way.sort(key=lambda parked: parked.since)
+        self._doubt_what_was_answered_early()
         s.drop_driver()
         self._known.clear()
         self._unanswered = [parked.unique for parked in under_way]
@@ -129,12 +140,22 @@ class Recovery:
         s.tell({"t": "link_lost", "pending": len(under_way), "recent": self._recent_lines()})
         self.recent.clear()
         since, self.parked, self._bytes = self.parked, {}, 0
-        self.active, self._error = s.config.recover, errno.EIO
+        if not self.away.is_away:
+            self.active, self.error, self._patience = s.config.recover, errno.EIO, s.config.patience
         for parked in [*under_way, *since.values()]:
             if self.active:
                 self._park(parked)
             else:
-                self._give_up(parked.unique)
+                self._give_up(parked)
+
+    def _doubt_what_was_answered_early(self) -> None:
+        """What a program has been told of before the driver had answered is settled by nobody any more."""
+        s = self._s
+        for pending in s.late.values():
+            doubt(s, pending.op, pending.request)
+        for task in s.asks.values():
+            if task is not None and task.unique and s.tasks.get(task.unique) is not task:
+                doubt(s, task.op, task.request)
 
     def _from_pending(self, unique: int, pending: Pending) -> Parked:
         parked = self._known.get(unique) or Parked(
@@ -187,25 +208,62 @@ class Recovery:
         path = (self._s.nodes.path(slot) or "") if slot else ""
         return with_name(path, op, request)
 
-    def _give_up(self, unique: int, error: int = errno.EIO) -> None:
-        """Answer a request that nobody is going to serve."""
-        self.take(unique)
-        self._s.interrupted.pop(unique, None)
-        self._s.answer_error(unique, error)
+    def drop(self, unique: int) -> Parked | None:
+        """Take a request out that nobody is going to serve, whatever has become of it."""
+        parked = self.take(unique)
+        if parked is not None and parked.sent:
+            doubt(self._s, parked.op, parked.request)
+        return parked
 
-    def fail(self, error: int = errno.EIO) -> None:
+    def _give_up(self, parked: Parked, error: int = 0) -> None:
+        """Answer a request that nobody is going to serve."""
+        if self.drop(parked.unique) is None and parked.sent:
+            doubt(self._s, parked.op, parked.request)
+        self._s.interrupted.pop(parked.unique, None)
+        self._s.answer_error(parked.unique, error or self.error)
+        if is_from_page_cache(parked.op, parked.request):
+            self.away.not_saved(parked.node_id)
+
+    def fail(self) -> None:
         """There is no new generation for now: everything that waits fails, and so does what comes."""
-        self.active, self._error = False, error
-        for unique in list(self.parked):
-            self._give_up(unique, error)
+        self.active, self.error = False, errno.EIO
+        for parked in list(self.parked.values()):
+            self._give_up(parked)
+
+    def detach(self, wait: float, max_stale: float) -> None:
+        """The device is gone: what waits and what comes fails with ENODEV, or when it has waited for so long.
+
+        A driver that is there is lost right after this. Each request has the whole time to wait from the unplug on.
+        """
+        self.active, self.error, self._patience = wait > 0, errno.ENODEV, wait
+        now = monotonic()
+        for parked in list(self.parked.values()):
+            if not self.active:
+                self._give_up(parked)
+            elif not self.away.is_away:
+                parked.parked_at = now
+        self.away.begin(max_stale)
+
+    def unmount_begins(self, *, lazy: bool) -> None:
+        """The kernel writes back what is dirty first, and with the device away that must not wait for it.
+
+        Nor does anybody whose mount is out of the tree: it is not kept for a device any more.
+        """
+        self.unmounting = True
+        if self.away.is_away:
+            self.active = self.active and not lazy
+            for parked in list(self.parked.values()):
+                if lazy or is_from_page_cache(parked.op, parked.request):
+                    self._give_up(parked)
 
     def check_time(self, now: float) -> None:
         """Give up what has waited too long, and a new driver that does not answer."""
         s = self._s
-        before = now - s.config.patience
-        for unique, parked in list(self.parked.items()):
+        self.away.check_time(now)
+        before = now - self._patience
+        for parked in list(self.parked.values()):
             if parked.parked_at < before:
-                self._give_up(unique)
+                self._give_up(parked)
         if self._known:
             self._known = {unique: parked for unique, parked in self._known.items() if s.is_waiting(unique)}
         if self.greeting and now > self._greet_until:
@@ -225,7 +283,7 @@ class Recovery:
         s.link.close()
         s.link = Link(fd)
         self.generation = generation
-        self._counted = counted
+        self._counted = counted and not self.away.is_away  # an unplug is nobody's making
         self.greeting = True
         self._greet_until = monotonic() + s.config.start_timeout
         s.link.send(driver_init(locks=s.config.locks))
@@ -257,6 +315,7 @@ class Recovery:
             return
         self.greeting = self._told_overdue = False
         s.take_driver(terms)
+        self.away.back()
         self._go_on()
 
     def _go_on(self) -> None:
@@ -319,7 +378,7 @@ class Recovery:
             s.interrupted.pop(unique, None)  # from here on the driver's answer counts
         pending = parked.pending
         if replay is Replay.REFUSED:
-            self._give_up(unique)
+            self._give_up(parked, errno.EIO)
         elif replay is Replay.ONCE and pending is not None:
             s.start(unique, parked.op, parked.request, look_first(s, unique, pending), pending)
         else:
@@ -330,4 +389,4 @@ class Recovery:
         s.counters.poisoned += 1
         path = self._path(parked.op, parked.node_id, parked.request)
         s.tell({"t": "poison", "op": s.op_name(parked.op), "path": path[:1000]})
-        self._give_up(parked.unique)
+        self._give_up(parked, errno.EIO)

@@ -140,7 +140,7 @@ def setattr_(s: Service, unique: int, node_id: int, message: memoryview) -> None
     slot = nodes.slot(node_id)
     driver_id = nodes.driver(slot)
     pending = s.keep(4, node_id, slot, message)
-    nodes.touch(slot)
+    s.changes(slot)
     valid = _U32.unpack_from(message, BODY)[0]
     if valid & _FATTR_FH:
         handle = s.handles.get(_U64.unpack_from(message, BODY + 8)[0])
@@ -287,7 +287,7 @@ def setxattr(s: Service, unique: int, node_id: int, message: memoryview) -> None
     kill = _U32.unpack_from(message, BODY + 8)[0] & _ACL_KILL
     short = bytearray(request[: BODY + 8] + request[BODY + 16 :])
     _U32.pack_into(short, 0, len(short))
-    s.nodes.touch(slot)
+    s.changes(slot)
     if s.config.recover and not kill and _U32.unpack_from(message, BODY + 4)[0] & os.XATTR_CREATE:
         name = request[BODY + 16 :].partition(b"\0")[0]
         s.start(unique, 21, request, tasks.note_xattr_first(s, unique, slot, request, bytes(short), name))
@@ -304,7 +304,7 @@ def setxattr(s: Service, unique: int, node_id: int, message: memoryview) -> None
 def removexattr(s: Service, unique: int, node_id: int, message: memoryview) -> None:
     """REMOVEXATTR changes the change time, and the mode when it is an ACL."""
     slot = s.nodes.slot(node_id)
-    s.nodes.touch(slot)
+    s.changes(slot)
     if s.config.recover and Opcode.REMOVEXATTR not in s.refused:
         request = bytes(message)
         name = request[BODY:].partition(b"\0")[0]

@@ -90,6 +90,7 @@ class Service:
         self.interrupted: dict[int, float] = {}
         self.refused: dict[int, int] = {}  # opcode -> errno that we answer without asking the driver again
         self.statfs: bytes | None = None
+        self.kernel_minor = 45  # of the FUSE protocol
         self.tracer: Tracer | None = None
         # A LOOKUP whose answer the kernel gets before the tables do; nothing else happens in between.
         self.unsettled: tuple[int, bytes, Admitted] | None = None  # of a LOOKUP: parent, name
@@ -206,6 +207,16 @@ class Service:
             self.hiding.closed(self, slot)
         self.nodes.closed(slot)
 
+    def changes(self, slot: int) -> None:
+        """A request that changes *slot*, or its data, has come: what is known of it will not be true any more.
+
+        Without a driver it is not sent; what is known stays true until it is, should that ever be.
+        """
+        for handle in self.handles.of(slot):
+            handle.written = True
+        if self.connected:
+            self.nodes.touch(slot)
+
     # ---- several steps
 
     def start_own(self, steps: Steps) -> None:
@@ -312,7 +323,7 @@ class Service:
     def link_lost(self, reason: str) -> None:
         """The driver is gone: what waits for it is parked, or fails if there will be no other; cached things go on."""
         self.recovery.lost()
-        if not self.config.recover:
+        if not self.config.recover and not self.recovery.away.is_away:
             self.nodes.forgets.clear()
             self.tell({"t": "state", "state": "FAILED", "reason": "exited", "text": reason})
 

@@ -71,8 +71,12 @@ class Front(ABC):
         """There is no new generation for now: what waits fails, and so does what comes, until another `attach`."""
 
     @abstractmethod
-    async def detach(self, text: str) -> None:
-        """The device is gone: what waits and what comes fails with ENODEV, until another `attach`."""
+    async def detach(self, text: str, *, wait: float = 0.0, max_stale: float = 0.0) -> None:
+        """The device is gone: what waits and what comes fails with ENODEV, until another `attach`.
+
+        Of a mount, requests may `wait` for so many seconds before they fail, and what is cached goes on being
+        answered for `max_stale` seconds.
+        """
 
     def driver_ended(self) -> None:
         """The driver's process is dead for certain; a front that cannot see the end of its link takes it for that."""

@@ -14,6 +14,7 @@ from udf.errors import UserError
 MAX_OPTIONS = 200
 MAX_VALUE = 4096
 MAX_DEADLINE = 3600.0
+GRACE = 30.0  # seconds for a device that was unplugged to come back
 _ON_OFF = {"": True, "1": True, "0": False}
 
 
@@ -33,6 +34,9 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None  # None: the manifest's
     patience: float = 60.0  # seconds that a request waits for a new generation of the driver
     spare: bool = False  # a second driver process stands ready
+    on_unplug_wait: float = 0.0  # seconds that a request waits for a device that is unplugged; 0: it fails at once
+    max_stale: float = GRACE  # seconds that what is cached is answered without the device
+    grace: float = GRACE  # seconds that the mount waits for its device; 0: it ends with it
 
 
 _FLAGS: dict[str, tuple[str, bool]] = {
@@ -61,11 +65,17 @@ _IGNORED = frozenset(
 )
 
 
+def is_flag(name: str) -> bool:
+    """Whether it is an option that is there or not, without a value."""
+    return name in _FLAGS
+
+
 def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
     """Our own options, and the rest for the driver's manifest to judge. UserError for a bad value of ours."""
     if len(options) > MAX_OPTIONS:
         raise UserError(f"more than {MAX_OPTIONS} options: leave some out")
     ours: dict[str, bool | float | str] = {}
+    unplugged: dict[str, float] = {}
     drivers: dict[str, str] = {}
     for key, value in options.items():
         if len(value) > MAX_VALUE or len(key) > MAX_VALUE:
@@ -83,6 +93,10 @@ def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
             ours["max_read"] = int(value)
         elif key in ("deadline", "patience"):
             ours[key] = _seconds(key, value)
+        elif key == "on_unplug":
+            unplugged["on_unplug_wait"] = _on_unplug(value)
+        elif key in ("max_stale", "grace"):
+            unplugged[key] = _seconds(key, value, least=0.0)
         elif key == "spare":
             if value not in _ON_OFF:
                 raise UserError(f"spare={value} is neither spare=1 nor spare=0")
@@ -93,17 +107,46 @@ def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
             ours["fsname"] = value
         elif key not in _IGNORED and not key.startswith(("x-", "comment")):
             drivers[key] = value
+    ours.update(_consistent(unplugged))
     return msgspec.convert(ours, MountOptions), drivers
 
 
-def _seconds(key: str, text: str) -> float:
+def _seconds(key: str, text: str, *, least: float = 0.1, after: str = "") -> float:
     try:
-        value = float(text)
+        value = float(text.removeprefix(after).removesuffix("s"))
     except ValueError:
-        value = 0.0
-    if not 0.1 <= value <= MAX_DEADLINE:  # false for a NaN too
-        raise UserError(f"{key}={text} is not a number of seconds from 0.1 to {MAX_DEADLINE:g}")
+        value = -1.0
+    if not least <= value <= MAX_DEADLINE:  # false for a NaN too
+        raise UserError(f"{key}={text} is not a number of seconds from {least:g} to {MAX_DEADLINE:g}")
     return value
+
+
+def _on_unplug(text: str) -> float:
+    """The seconds that requests wait for a device that was unplugged."""
+    if text == "fail":
+        return 0.0
+    if not text.startswith("wait:"):
+        raise UserError(f"on_unplug={text} is neither on_unplug=fail nor on_unplug=wait:SECONDS")
+    return _seconds("on_unplug", text, after="wait:")
+
+
+def _consistent(given: Mapping[str, float]) -> dict[str, float]:
+    """How long the mount outlives its device, and what is cached: what is not said follows from what is."""
+    wait, max_stale, grace = given.get("on_unplug_wait", 0.0), given.get("max_stale"), given.get("grace")
+    if grace is None:
+        grace = max(GRACE, wait)
+    elif wait > grace:
+        raise UserError(
+            f"on_unplug=wait:{wait:g} is longer than grace={grace:g}, after which the mount ends: give a longer grace"
+        )
+    if max_stale is None:
+        max_stale = grace
+    elif max_stale > grace:
+        raise UserError(
+            f"max_stale={max_stale:g} is longer than the {grace:g} s (grace) for which the mount outlives its device:"
+            " give a longer grace"
+        )
+    return {"on_unplug_wait": wait, "max_stale": max_stale, "grace": grace}
 
 
 def merge_foreign(options: MountOptions, given: Mapping[str, str | bool], asked: Mapping[str, str]) -> MountOptions:

@@ -74,6 +74,7 @@ class Shim(Front):
         self.busy = 0  # unmounts that it had to refuse
         self.unmounted = False
         self.external = False  # somebody else unmounted it
+        self.unsaved = ""  # a sentence: what the driver may not have saved by then
         self.detached = False  # out of the tree, and serves what is open
         self.is_silent = False  # it gave no sign of life for too long and was ended
         self._bell = bell
@@ -135,9 +136,10 @@ class Shim(Front):
         """There is no new generation for now."""
         await self.process.send(messages.Fail(text=text))
 
-    async def detach(self, text: str) -> None:
-        """The device is gone."""
-        await self.process.send(messages.Detach(text=text))
+    async def detach(self, text: str, *, wait: float = 0.0, max_stale: float = 0.0) -> None:
+        """The device is gone; only a mount has what is cached, and requests that may wait."""
+        await self.process.send(messages.Detach(text=text, wait=wait, max_stale=max_stale))
+        self.linked = False  # it lets go of its link without a word
 
     def tick(self) -> None:
         """A sign of life is due; without one for too long it is ended."""
@@ -198,8 +200,8 @@ class Shim(Front):
                 self.failed = sentence(error)
             case messages.Busy():
                 self.busy += 1
-            case messages.Unmounted(external=external):
-                self.unmounted, self.external = True, external
+            case messages.Unmounted(external=external, unsaved=unsaved):
+                self.unmounted, self.external, self.unsaved = True, external, sentence(unsaved)
             case messages.Detached():
                 self.detached = True
                 self.listeners.detached()

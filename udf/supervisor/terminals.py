@@ -108,7 +108,7 @@ class Terminal(Front):
         """Hang up: nobody shall wait for a driver that does not come. The next one gets another pair."""
         self.hang_up()
 
-    async def detach(self, text: str) -> None:
+    async def detach(self, text: str, *, wait: float = 0.0, max_stale: float = 0.0) -> None:
         """Hang up, as far as that is ours; the driver's end goes with the driver."""
         self.hang_up()
 
