@@ -4,8 +4,8 @@ Owns: when reading looks sequential, how far ahead is read, and the pieces that 
 Must never: hold more than its bounds, answer with bytes from before a write, or keep a piece that was read past.
 Called by: contents.py.
 
-Two large commands are under way or waiting at any time: the device works while the program, the shim and the kernel
-do what they do with the piece before. What is in memory is answered without waiting for anything.
+A few large commands are under way or done at any time: the device works while the program, the shim and the kernel do
+what they do with the piece before. What is in memory is answered without waiting for anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _FIRST = 256 * 1024  # bytes of the first piece; each further one is twice as long, up to
 LARGEST = 1024 * 1024
-_PIECES = 2  # of one file that are under way or untouched
+_PIECES = 3  # of one file that are under way or untouched
 _SLACK = 256 * 1024  # the kernel asks for two pieces at once, and the later one may come first
 TOTAL = 16 * 1024 * 1024  # of all files
 

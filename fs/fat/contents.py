@@ -24,7 +24,8 @@ from .chain import Chain
 from .change import Change, Run, no_space
 from .damage import Damaged
 from .device import Data
-from .entries import ARCHIVE, Entry
+from .entries import ARCHIVE, SLOT, Entry, Found, patch
+from .entries import entry as decoded
 from .nodes import Node, Nodes
 from .reserve import Reserve
 from .volume import MOST, Volume
@@ -222,10 +223,27 @@ class Contents:
 
     async def update(self, change: Change, node: Node, fields: dict[str, int]) -> Entry:
         """Change the entry; what it is then, for when the change is done."""
-        if node.removed or node.parent is None:
-            return dataclasses.replace(node.file_entry, **fields)  # type: ignore[arg-type]
-        async with self._nodes.changing(node.parent, change) as directory:
-            return await directory.update(node.file_entry, **fields)
+        parent, entry = node.parent, node.file_entry
+        if node.removed or parent is None:
+            return dataclasses.replace(entry, **fields)  # type: ignore[arg-type]
+        stream = parent.stream
+        if stream is None or stream.change is not None:
+            async with self._nodes.changing(parent, change) as directory:
+                return await directory.update(entry, **fields)
+        # What a directory's index does not have may be changed past it, which is most of what a write of a file does.
+        at = (entry.slot + entry.slots - 1) * SLOT
+        raw = await stream.read(at, SLOT)
+        if raw[:11] != entry.short:
+            raise Damaged("an entry is not what it was")
+        parent.version += 1
+        changed = patch(raw, self._volume.settings, fields)
+        if changed != raw:
+            stream.change, stream.deletes_last = change, False
+            try:
+                await stream.write(at, changed)
+            finally:
+                stream.change = None
+        return decoded(Found(changed, b"", entry.slot, entry.slots), entry.name, self._volume.settings)
 
     # ---- cutting
 

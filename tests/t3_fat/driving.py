@@ -55,7 +55,8 @@ class Medium(BlockDriver):
         self.allowed: Callable[[int, bytes], str | None] = lambda offset, data: None
         self.forbidden: list[str] = []
         self.before_write: Callable[[int], None] = lambda number: None
-        self.gone = False
+        self.transfers = 0
+        self.gone_at: int | None = None  # the number of the transfer with which the device goes away
 
     def close(self) -> None:
         os.close(self.fd)
@@ -85,7 +86,8 @@ class Medium(BlockDriver):
             self.log.append(None)
 
     def _there(self) -> None:
-        if self.gone:
+        self.transfers += 1
+        if self.gone_at is not None and self.transfers > self.gone_at:
             raise DeviceGone("planned")
 
 
