@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -420,6 +422,32 @@ async def test_what_was_written_and_not_synced_is_written_again(lab: Lab, tmp_pa
     await in_thread(os.fsync, file)
     os.close(file)
     assert (await read(stick.data))[8192:8204] == b"acknowledged"
+
+
+async def test_what_has_come_back_and_ended_is_freed_at_once(lab: Lab, tmp_path: Path) -> None:
+    freed = []
+
+    async def live() -> None:
+        stick = await stick_in(lab, tmp_path)
+        for each in (stick.disk, stick.volume, stick.disk.recovery, stick.volume.recovery):
+            weakref.finalize(each, freed.append, type(each).__name__)
+        await stick.pull()
+        await stick.is_away()
+        assert await stick.plug()
+        await stick.goes_on()
+        await lab.registry.end(stick.disk, Reason.OPERATOR)
+        await stick.is_gone()
+
+    gc.collect()
+    gc.disable()
+    try:
+        await live()
+        with trio.move_on_after(2):
+            while len(freed) < 4:
+                await trio.sleep(0.02)
+    finally:
+        gc.enable()
+    assert sorted(freed) == ["BlockEndpoint", "Mount", "Recovery", "Recovery"]
 
 
 async def test_a_block_shim_that_dies_takes_its_volumes_with_it(stick: Stick) -> None:

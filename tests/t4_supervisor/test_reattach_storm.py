@@ -1,6 +1,6 @@
 """Drivers are killed and a stick is pulled at random moments, while a program writes, syncs and reads.
 
-What must hold is in `Expected`. How many episodes: UDF_STORM_REPLUGS (default 10); which: UDF_STORM_SEED.
+What must hold is in `Expected`. How many episodes: UDF_STORM_REPLUGS (default 6); which: UDF_STORM_SEED.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from udf.supervisor.mounts import Mount
 from udf.testing.devices import Plugged
 
 pytestmark = needs_fuse
-EPISODES = int(os.environ.get("UDF_STORM_REPLUGS", "10"))
+EPISODES = int(os.environ.get("UDF_STORM_REPLUGS", "6"))
 SEED = int(os.environ.get("UDF_STORM_SEED", "0")) or random.randrange(1 << 32)
 SLOT = 4096
 SLOTS = 64

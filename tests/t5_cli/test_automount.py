@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import make_runtime_dir, mounts_below, wait_for_mounts
 from udf.supervisor import naming
+from udf.testing.devices import Emulator
+from udf.testing.devices.storage import Storage
 
 from .conftest import Command, running_daemon
 from .volume_lab import Lab, content, disk, running_lab, volume
@@ -72,6 +74,33 @@ def test_each_partition_gets_a_directory_and_equal_labels_a_number(lab: Lab) -> 
     evil = lab.plug("evil", disk(volume("../../x"), volume(".udf-made"), volume("\x1b[2J")))
     assert evil == [lab.media / "2J", lab.media / "udf-made", lab.media / "x"]
     assert "\x1b" not in lab.daemon.udf.done("devices") + lab.daemon.udf.done("events")
+
+
+def test_a_stick_that_comes_back_changed_is_mounted_as_what_it_is(lab: Lab) -> None:
+    assert lab.plug("stick", volume("HOLIDAY")) == [lab.media / "HOLIDAY"]
+    lab.unplug("stick")
+    lab.image("stick", volume("WORK"))
+    lab.plug("stick")
+    lab.until(lambda: [word for word, _ in lab.events()] == ["mounted", "changed", "mounted"])
+    assert lab.in_media() == ["WORK"]
+
+
+def test_a_medium_that_is_changed_is_mounted_in_its_place(tmp_path: Path, runtime_dir: Path) -> None:
+    images = [tmp_path / f"{label}.img" for label in ("FIRST", "SECOND")]
+    for image in images:
+        image.write_bytes(volume(image.stem))
+    with Emulator(listen=("127.0.0.1", 0)) as emulator:
+        assert emulator.address is not None
+        reader = Storage(str(images[0]), serial="R")
+        emulator.plug(reader)
+        address = f"127.0.0.1:{emulator.address[1]}"
+        with running_lab(tmp_path / "home", runtime_dir, "--automount", "--usbip", address) as lab:
+            lab.until(lambda: lab.in_media() == ["FIRST"] and lab.events())
+            emulator.loop.call(lambda: reader.change_medium(None))
+            lab.until(lambda: not lab.in_media())
+            emulator.loop.call(lambda: reader.change_medium(str(images[1])))
+            lab.until(lambda: [word for word, _ in lab.events()] == ["mounted", "unplugged", "mounted"])
+            assert lab.in_media() == ["SECOND"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import HEARTBEAT, DriverPlan, StartFailedError
-from udf.supervisor.recovery import LAST_WORDS, Recovery, stop_grace
+from udf.supervisor.recovery import Recovery
+from udf.supervisor.succession import LAST_WORDS, stop_grace
 
 if TYPE_CHECKING:
     from udf.supervisor.front import Front

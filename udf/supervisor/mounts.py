@@ -169,10 +169,13 @@ class Mount(Endpoint):
     @property
     def text(self) -> str:
         """Its state as a sentence; of a mount that waits for its device also for how long."""
-        since = self.recovery.absence.since
-        if self.instance.state is not State.DETACHED or since is None or self.waits_until() in (NEVER, float("inf")):
+        since, until = self.recovery.absence.since, self.waits_until()
+        if self.instance.state is not State.DETACHED or since is None or until == NEVER:
             return super().text
-        return unplugged.text_of(self.plan.options, trio.current_time() - since)
+        now, options = trio.current_time(), self.plan.options
+        return unplugged.text_of(
+            until - now, readable=since + options.max_stale - now, wait=options.on_unplug_wait, cause=super().text
+        )
 
     def patience(self) -> tuple[float, float]:
         """See Waiter."""

@@ -5,6 +5,8 @@ it takes and merging what is smaller, the writes that are kept until a FLUSH, an
 though nobody asks for it. Must never: answer a client itself
 (service.py does), or forget a request because of something that the driver says.
 Called by: service.py and recovery.py with requests, driver.py with what was settled.
+
+Over 400 lines: each way by which a request gets its answer is to be seen beside the others.
 """
 
 from __future__ import annotations
@@ -80,7 +82,6 @@ class Unit:
         self.connection = connection
         self.maximum = connection.terms.maximum
         self._last_answer = monotonic()
-        self.away.clear()
 
     def drop_connection(self) -> None:
         """The driver is gone: nothing is under way."""
