@@ -74,6 +74,7 @@ class Reserve:
                 if exc.errno != errno.ENOSPC:
                     raise
         await self.give_back(others_than=node)
+        await volume.free_orphans()  # of what was removed a moment ago
         await volume.flush()
         return await volume.free.take(missing, goal, partial=True)
 
