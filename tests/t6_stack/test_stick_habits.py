@@ -119,10 +119,12 @@ def test_a_stick_that_is_pulled_while_it_is_ejected_ends_the_eject(desk: Desk, s
         (where / "not promised.bin").write_bytes(data)
         disk = next(str(row["name"]) for row in desk.rows() if row["kind"] == "block")
         desk.faults(stick, f"unplug at={number} count=1")
+        said = ""
         try:
-            desk.eject(disk)
+            said = desk.eject(disk)
         except ControlError as error:
-            assert len(str(error).splitlines()) == 1
+            said = str(error)
+        assert len(said.splitlines()) == 1, "it is told in a sentence"
         desk.unplug(stick)
         desk.until(lambda: not [row for row in desk.rows() if row["state"] == "ACTIVE"], "nothing is served")
         if desk.state(where) == "DETACHED":
