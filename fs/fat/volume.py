@@ -304,6 +304,11 @@ class Volume:
         else:
             await self.table.release(change, runs)
 
+    async def free_orphans(self) -> None:
+        """Free the chains that nobody owns any more; not within a change."""
+        for first in [first for first in self.intents.orphans if first not in self.in_use]:
+            await self._free_orphan(first)
+
     async def _free_orphan(self, first: int) -> None:
         """Free a chain that nobody owns, in pieces."""
         while first:
@@ -345,8 +350,7 @@ class Volume:
         if not self.read_only and not self.device.gone:
             if self.before_order is not None:
                 await self.before_order()
-            for first in [first for first in self.intents.orphans if first not in self.in_use]:
-                await self._free_orphan(first)
+            await self.free_orphans()
         await self.flush()
         if not self._untidy or not self.dirty or self.read_only or self.device.gone:
             return
