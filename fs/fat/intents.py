@@ -24,6 +24,9 @@ SCHEMA = 1
 _LIMIT = 32 << 20  # bytes of records before compaction
 _NUMBERS = 4096  # inode numbers that are set aside at once
 
+Exchange = tuple[int, bytes, int, bytes]
+"""Twice: a directory's first cluster and a name."""
+
 Steps = list[tuple[bool, list[tuple[int, bytes]]]]
 
 
@@ -37,7 +40,7 @@ class Record(msgspec.Struct, array_like=True):
     free: int = -1
     next: int = 2
     dirty: bool = False  # the volume is marked as in use, and it was us
-    exchange: tuple[int, bytes, int, bytes] | None = None
+    exchange: Exchange | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -62,6 +65,7 @@ class Intents:
             except msgspec.DecodeError as exc:
                 raise UserError(f"the state store holds a record that is none of this driver: {exc}") from exc
         self._now = self.left or Record(b"")
+        self.unanswered: Exchange | None = None  # a renaming that was done, and of which nobody may have been told
         self._journal.compact_with(self._snapshot)
 
     def _snapshot(self) -> Iterator[bytes]:
@@ -72,6 +76,8 @@ class Intents:
         if self._now.volume != volume:
             self.left = None
             self._append(Record(volume))
+        elif self.left is not None:
+            self.unanswered = self.left.exchange
 
     def _append(self, record: Record, frees: bool = False) -> None:
         self._journal.append(_encode(record), frees)
@@ -99,6 +105,14 @@ class Intents:
             ),
             True,
         )
+
+    def is_done(self, exchange: Exchange) -> bool:
+        """Whether just this exchange of names is what the generation before had done last, unanswered.
+
+        Of all requests this is the one that looks the same before and after, and that twice is not the same as once.
+        """
+        done, self.unanswered = self.unanswered == exchange, None
+        return done
 
     def settled(self) -> None:
         """The last change is not to be written again: the device has it, or has refused it."""

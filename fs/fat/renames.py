@@ -17,6 +17,7 @@ from . import dots, names
 from .contents import Contents
 from .directory import Directory
 from .entries import Entry
+from .intents import Exchange
 from .nodes import Node, Nodes
 from .volume import Volume
 
@@ -62,6 +63,10 @@ class Rename:
                 node.opens -= 1
                 self._nodes.release(node)
 
+    def key(self, name: str, new_name: str) -> Exchange:
+        """What the next generation knows an exchange by."""
+        return self._parent.cluster, names.to_kernel(name), self._new_parent.cluster, names.to_kernel(new_name)
+
     async def _run(self, name: str, new_name: str, flags: int) -> None:
         self._new_name = new_name
         source, target = await self._old.find(name), await self._new.find(new_name)
@@ -87,6 +92,7 @@ class Rename:
         elif flags & EXCHANGE:
             if other.is_directory and self._parent.is_at_or_below(other):
                 raise OSError(errno.EINVAL, "a directory cannot be moved below itself")
+            self._change.exchange = self.key(name, new_name)
             await self._exchange(node, source, other, target)
         else:
             await self._replace(node, source, other, target)
@@ -141,6 +147,8 @@ class Rename:
         if other.is_directory:
             if not node.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory is there")
+            if self._parent.is_at_or_below(other):
+                raise OSError(errno.ENOTEMPTY, "the directory is not empty")  # what is renamed is in it
             await self._nodes.require_empty(other)
         elif node.is_directory:
             raise NotADirectoryError(errno.ENOTDIR, "what is there is no directory")

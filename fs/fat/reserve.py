@@ -74,7 +74,7 @@ class Reserve:
                 if exc.errno != errno.ENOSPC:
                     raise
         await self.give_back(others_than=node)
-        await volume.flush()
+        await volume.reclaim()
         return await volume.free.take(missing, goal, partial=True)
 
     async def link(self, node: Node, chain: Chain, runs: list[Run]) -> None:
@@ -96,8 +96,9 @@ class Reserve:
                 volume.in_use.discard(first)
                 raise
             chain.append(batch)
-        if not node.removed:
+        if not node.removed and node.ino not in self._files:
             self._files[node.ino] = node
+            node.kids += 1  # it stays: another node of the same file would not know of this
 
     def enter(self, change: Change, node: Node, chain: Chain, fields: dict[str, int]) -> None:
         """In the change that gives the entry its new size: it names the chain, and what is not too much is its own."""
@@ -117,7 +118,7 @@ class Reserve:
         if not node.removed:
             self._volume.in_use.discard(chain.first)
             if chain.known <= self._volume.clusters(node.file_entry.size):
-                self._files.pop(node.ino, None)
+                self._drop(node)
 
     # ---- giving back
 
@@ -127,7 +128,7 @@ class Reserve:
 
     def forget(self, change: Change, node: Node) -> None:
         """In a change that takes the entry away, or cuts the file: there is nothing in advance after it."""
-        if self._files.pop(node.ino, None) is not None:
+        if self._drop(node):
             change.not_ahead.append(place_of(node))
 
     def moved(self, change: Change, node: Node, parent: Node, slot: int) -> None:
@@ -137,9 +138,9 @@ class Reserve:
             change.ahead.append((parent.cluster, slot))
 
     async def give_back(self, *, others_than: Node | None = None) -> None:
-        """Cut all files to what they need; not those that are being written to now, where that would mean to wait."""
+        """Cut all files to what they need, but those that are being written to now."""
         for node in list(self._files.values()):
-            if others_than is None or (node is not others_than and not node.turn.held):
+            if node is not others_than and not node.turn.held:
                 async with node.turn:
                     await self.trim(node)
 
@@ -150,7 +151,7 @@ class Reserve:
             return
         if not node.cluster or node.removed:
             # Nobody's chain: it was never entered, or is not any more.
-            del self._files[node.ino]
+            self._drop(node)
             if not node.removed:
                 node.chain = None
                 volume.abandon(chain.first)
@@ -161,9 +162,16 @@ class Reserve:
             if is_there:
                 await volume.release(change, chain, keep)
                 change.not_ahead.append(place_of(node))
-        self._files.pop(node.ino, None)
+        self._drop(node)
         if is_there:
             chain.cut(keep)
+
+    def _drop(self, node: Node) -> bool:
+        if self._files.pop(node.ino, None) is None:
+            return False
+        node.kids -= 1
+        self._nodes.release(node)
+        return True
 
 
 async def cut_left(volume: Volume, place: Place) -> None:

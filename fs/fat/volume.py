@@ -5,6 +5,8 @@ what is done when nobody asks for anything: 150 ms after the last change the vol
 stick that is pulled out without ceremony is usually clean. Must never: know files or names.
 Called by: operations.py and contents.py; tests, through lab.py.
 
+A little over 400 lines: begin, change, sync and end are the one life of a volume, and read as such.
+
 What was dirty when it was mounted (and not by a generation of ours that died) stays dirty: only fsck.fat knows better.
 """
 
@@ -303,6 +305,11 @@ class Volume:
         else:
             await self.table.release(change, runs)
 
+    async def free_orphans(self) -> None:
+        """Free the chains that nobody owns any more; not within a change."""
+        for first in [first for first in self.intents.orphans if first not in self.in_use]:
+            await self._free_orphan(first)
+
     async def _free_orphan(self, first: int) -> None:
         """Free a chain that nobody owns, in pieces."""
         while first:
@@ -315,6 +322,17 @@ class Volume:
                     change.orphans.append(following)
                 await self.table.release(change, runs)
             first = following
+
+    async def reclaim(self) -> bool:
+        """Make usable what nobody needs any more; whether that was anything. Not from within a change."""
+        taken = self.free.so_far
+        if self.before_order is not None:
+            await self.before_order()
+        for first in [first for first in self.intents.orphans if first not in self.in_use]:
+            await self._free_orphan(first)
+        is_more = self.free.young > 0 or self.free.so_far > taken
+        await self.flush()
+        return is_more
 
     # ---- order
 
@@ -333,8 +351,7 @@ class Volume:
         if not self.read_only and not self.device.gone:
             if self.before_order is not None:
                 await self.before_order()
-            for first in [first for first in self.intents.orphans if first not in self.in_use]:
-                await self._free_orphan(first)
+            await self.free_orphans()
         await self.flush()
         if not self._untidy or not self.dirty or self.read_only or self.device.gone:
             return
@@ -368,6 +385,9 @@ class Volume:
 
     async def count_free(self, patience: float) -> int:
         """How many clusters are free; what is known of them when that takes too long."""
+        if not self.read_only:
+            for first in [first for first in self.intents.orphans if first not in self.in_use]:
+                await self._free_orphan(first)
         if self.free.total is None:
             with trio.move_on_after(patience):
                 await self._count()

@@ -183,6 +183,23 @@ def serving(directory: Path, driver: Driver, **config: object) -> Iterator[Shim]
     assert "Traceback" not in text
 
 
+def pull(shim: Shim) -> None:
+    """The supervisor's word that the device is gone; the driver ends, and with it the device's cache."""
+    shim.send("detach")
+    shim.until(lambda: shim.counters()["waiting"] == 0)
+    shim.drivers[-1].kill()
+
+
+def plug(shim: Shim, *arguments: object, generation: int = 2) -> None:
+    shim.attach(Driver("disk", *arguments), generation)
+
+
+def back(shim: Shim, *arguments: object, generation: int = 2) -> None:
+    """It is plugged in, and is taken for the same."""
+    plug(shim, *arguments, generation=generation)
+    assert shim.expect("attached")["generation"] == generation
+
+
 class NbdError(Exception):
     """An error reply."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import time
@@ -12,30 +11,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.t3_block.lab import LONG, MIB, Client, Driver, NbdError, Shim, serving
+from tests.t3_block.lab import LONG, MIB, Client, Driver, NbdError, Shim, back, plug, pull, serving
 from udf import BlockClient, DeviceGone
 from udf.block import wire
 from udf.block.shim.verification import CHANGED
 
 WATCH = wire.FLAG_WATCH
 TABLE = "label: dos\nlabel-id: 0x12345678\nstart=2048, size=2048, type=c\nstart=4096, size=2048, type=83\n"
-
-
-def pull(shim: Shim) -> None:
-    """The supervisor's word that the device is gone; the driver ends, and with it the device's cache."""
-    shim.send("detach")
-    shim.until(lambda: shim.counters()["waiting"] == 0)
-    shim.drivers[-1].kill()
-
-
-def plug(shim: Shim, *arguments: object, generation: int = 2) -> None:
-    shim.attach(Driver("disk", *arguments), generation)
-
-
-def back(shim: Shim, *arguments: object, generation: int = 2) -> None:
-    """It is plugged in, and is the same."""
-    plug(shim, *arguments, generation=generation)
-    assert shim.expect("attached")["generation"] == generation
 
 
 def refused(shim: Shim, *arguments: object, generation: int = 2) -> str:
@@ -358,74 +340,3 @@ def test_a_filesystem_driver_keeps_its_connection(runtime_dir: Path, disk: Path)
 
     with serving(runtime_dir, Driver("disk", disk, "cache")) as shim:
         trio.run(use, shim)
-
-
-@pytest.mark.parametrize("seed", range(int(os.environ.get("UDF_TEST_SEEDS", "2"))))
-def test_pulled_out_at_any_moment_it_comes_back_with_all_that_was_acknowledged(
-    runtime_dir: Path, disk: Path, seed: int
-) -> None:
-    """A medium with a cache that is lost each time; sometimes the driver dies instead, or while it is compared."""
-    rng = random.Random(seed)
-    disk.write_bytes(rng.randbytes(4 * MIB))
-    model = bytearray(disk.read_bytes())
-    rounds = int(os.environ.get("UDF_TEST_EPISODES", "8"))
-    generation = 1
-    with serving(runtime_dir, Driver("disk", disk, "cache"), idle_flush=0.02) as shim:
-        client = Client(shim.path, watch=True)
-        with client:
-            for _ in range(rounds):
-                under_way: dict[int, tuple[int, bytes]] = {}
-                for _ in range(rng.randint(1, 12)):
-                    size = 512 * rng.randint(1, 64)
-                    at = 512 * rng.randint(0, (4 * MIB - size) // 512)
-                    what = rng.random()
-                    if what < 0.3:
-                        under_way[client.ask(wire.CMD_READ, at, size, flags=WATCH)] = (at, b"")
-                    elif what < 0.4:
-                        under_way[client.ask(wire.CMD_FLUSH, 0, 0)] = (0, b"")
-                    elif not any(at < start + len(old) and start < at + size for start, old in under_way.values()):
-                        data = rng.randbytes(size)
-                        flags = rng.choice([0, WATCH])
-                        under_way[client.ask(wire.CMD_WRITE, at, size, data, flags)] = (at, data)
-                for _ in range(rng.randint(0, len(under_way))):
-                    cookie, error, _ = client.answer()
-                    assert not error
-                    at, data = under_way.pop(cookie)
-                    model[at : at + len(data)] = data
-                died = rng.random() < 0.2
-                if died:
-                    shim.drivers[-1].kill()
-                    shim.expect("link_lost")
-                else:
-                    shim.send("detach")
-                    failed = {}
-                    while under_way:
-                        cookie, error, _ = client.answer()
-                        at, data = under_way.pop(cookie)
-                        if error:
-                            assert error == wire.ESHUTDOWN
-                            failed[at] = len(data)
-                        else:
-                            model[at : at + len(data)] = data
-                    shim.drivers[-1].kill()
-                    generation += 1
-                    if rng.random() < 0.3:
-                        plug(shim, disk, "cache", f"die:read:{rng.randint(1, 4)}", generation=generation)
-                        if shim.expect("refused", or_else="attached")["t"] == "attached":
-                            shim.drivers[-1].kill()
-                            shim.expect("link_lost")
-                        shim.drivers[-1].kill()
-                    generation += 1
-                generation += died
-                back(shim, disk, "cache", generation=generation)
-                while under_way:
-                    cookie, error, _ = client.answer()
-                    assert not error
-                    at, data = under_way.pop(cookie)
-                    model[at : at + len(data)] = data
-                if not died:
-                    for at, size in failed.items():
-                        if size:  # what its program was told has failed may be there or not
-                            model[at : at + size] = client.read(at, size)
-            client.flush()
-            assert disk.read_bytes() == model

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udf.block.shim import watched
-from udf.block.shim.watched import HEAD, MOST, SECTOR, Watched, checksums
+from udf.block.shim.buffers import Pool
+from udf.block.shim.watched import HEAD, MOST, SECTOR, Seen, Span, Watched, checksums
 
 SPACE = 24  # sectors
 steps = st.lists(
@@ -34,13 +35,20 @@ def sector_of(number: int) -> bytes:
     return number.to_bytes(4, "little") * (SECTOR // 4)
 
 
+def learn(known: Watched, offset: int, data: memoryview, mark: int, unflushed: list[Span] | None = None) -> None:
+    buffer = known._pool.take(len(data) + 5)
+    buffer.view[5 : 5 + len(data)] = data
+    known.learn_later(Seen(offset, len(data), buffer, 5, mark, unflushed or []))
+    known._pool.drop(buffer)
+
+
 def view(contents: list[bytes]) -> memoryview:
     return memoryview(b"".join(contents))
 
 
 @given(steps)
 def test_all_that_may_be_there_is_accepted_and_after_a_flush_only_the_newest(todo: list[tuple[str, int, int]]) -> None:
-    known = Watched()
+    known = Watched(Pool())
     newest = [sector_of(0)] * SPACE
     possible = [{newest[0]} for _ in range(SPACE)]  # on the device, if its power went now
     since: list[list[tuple[int, bytes]]] = [[] for _ in range(SPACE)]
@@ -48,7 +56,7 @@ def test_all_that_may_be_there_is_accepted_and_after_a_flush_only_the_newest(tod
     flush: int | None = None
     reading: tuple[int, int, list[bytes]] | None = None
 
-    def unflushed() -> list[tuple[int, int, int]]:
+    def unflushed() -> list[Span]:
         return [(i * SECTOR, (i + 1) * SECTOR, old[-1][0]) for i, old in enumerate(since) if old]
 
     for number, (what, at, most) in enumerate(todo, 1):
@@ -81,12 +89,12 @@ def test_all_that_may_be_there_is_accepted_and_after_a_flush_only_the_newest(tod
                 since[index], possible[index] = [], {newest[index]}
         elif what == "read":
             mark = known.expect(at * SECTOR, size * SECTOR)
-            known.learn(at * SECTOR, view(newest[at : at + size]), mark, unflushed())
+            learn(known, at * SECTOR, view(newest[at : at + size]), mark, unflushed())
         elif what == "begin read":
             reading = at, known.expect(at * SECTOR, size * SECTOR), newest[at : at + size]
         elif what == "end read" and reading is not None:
             begin, mark, seen = reading
-            known.learn(begin * SECTOR, view(seen), mark, unflushed())  # as late as can be
+            learn(known, begin * SECTOR, view(seen), mark, unflushed())  # as late as can be
             reading = None
         elif what == "begin flush":
             flush = version
@@ -110,15 +118,15 @@ def test_all_that_may_be_there_is_accepted_and_after_a_flush_only_the_newest(tod
 
 
 def test_it_is_bounded_and_forgets_the_oldest_but_no_head() -> None:
-    known = Watched()
+    known = Watched(Pool())
     known.pin(0, 1 << 40)
-    known.learn(0, memoryview(bytes(HEAD)), known.expect(0, HEAD))
+    learn(known, 0, memoryview(bytes(HEAD)), known.expect(0, HEAD))
     rng = random.Random(1)
     last = 0
     for _ in range(2 * MOST // 64):
         last = 8 + rng.randrange(1 << 30)
         at = last * SECTOR
-        known.learn(at, memoryview(bytes(64 * SECTOR)), known.expect(at, 64 * SECTOR))
+        learn(known, at, memoryview(bytes(64 * SECTOR)), known.expect(at, 64 * SECTOR))
         assert len(known) <= MOST
     assert len(known) > MOST * 3 // 4
     comparable = known.comparable()
@@ -128,7 +136,7 @@ def test_it_is_bounded_and_forgets_the_oldest_but_no_head() -> None:
 
 
 def test_one_sector_that_is_written_without_end_does_not_grow() -> None:
-    known = Watched()
+    known = Watched(Pool())
     for number in range(1000):
         known.written(0, SECTOR, memoryview(sector_of(number)), version=number, flagged=True)
     assert len(known._before[0]) <= 16
@@ -139,7 +147,7 @@ def test_one_sector_that_is_written_without_end_does_not_grow() -> None:
 
 
 def test_no_more_heads_are_kept_than_there_can_be_exports() -> None:
-    known = Watched()
+    known = Watched(Pool())
     for number in range(1000):
         known.pin(number << 20, 1 << 20)
     assert len(known._heads) == watched._MOST_HEADS
@@ -148,9 +156,9 @@ def test_no_more_heads_are_kept_than_there_can_be_exports() -> None:
 
 @pytest.mark.parametrize("size", [1 << 20, 4 << 30])
 def test_a_write_of_data_costs_nothing_for_each_of_its_sectors(size: int) -> None:
-    known = Watched()
-    known.learn(0, memoryview(bytes(HEAD)), known.expect(0, HEAD))
-    seen = list(known._known(1 << 40, size))
-    assert seen == []
+    known = Watched(Pool())
+    learn(known, 0, memoryview(bytes(HEAD)), known.expect(0, HEAD))
+    known.digest()
+    assert list(known._known(1 << 40, size)) == []
     known.written(0, size, None, version=1)
     assert len(known) == 8

@@ -23,7 +23,7 @@ import pyfuse3
 import pytest
 
 from tests.t1_block.lab import serving, uri
-from udf import BlockDriver, Store
+from udf import BlockDriver, DeviceGone, Store
 from udf.host.load import load_class
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,22 +48,30 @@ class Image(BlockDriver):
         self.block_size = block_size
         self.seen: Callable[[str, int, bytes], None] = lambda verb, offset, data: None
         self.count = {"read": 0, "write": 0, "flush": 0}
+        self.pulled = False
 
     async def read(self, offset: int, size: int) -> bytes:
+        self._there()
         assert 0 <= offset <= offset + size <= self.size
         self.count["read"] += 1
         self.seen("read", offset, b"")
         return os.pread(self._fd, size, offset)
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self._there()
         assert 0 <= offset <= offset + len(data) <= self.size
         self.count["write"] += 1
         self.seen("write", offset, bytes(data))
         os.pwrite(self._fd, data, offset)
 
     async def flush(self) -> None:
+        self._there()
         self.count["flush"] += 1
         self.seen("flush", 0, b"")
+
+    def _there(self) -> None:
+        if self.pulled:
+            raise DeviceGone("planned")
 
     def quiet(self) -> Quiet:
         """What waits until the volume is marked as clean again, after it was not."""
@@ -119,6 +127,8 @@ async def opened(
     finally:
         if unit is None:
             own.close()
+        if store is not None:
+            store.close()
 
 
 class Stores:
@@ -254,6 +264,11 @@ class Disk:
 
     async def truncate(self, path: str, size: int) -> None:
         await self.setattr(path, size=size)
+
+    async def truncate_file(self, path: str, size: int) -> None:
+        """A new file of so many zeros."""
+        await self.close(await self.create(path))
+        await self.truncate(path, size)
 
     async def list(self, path: str = "/") -> list[str]:
         return [entry.name for entry in await self.entries(path)]

@@ -43,9 +43,10 @@ ROUND = max(1, OPERATIONS // len(KINDS))
 # Where the kernel or another reading of POSIX gives another number for the same refusal.
 ALIKE = {
     errno.EISDIR: {errno.EISDIR, errno.EPERM},
-    errno.EINVAL: {errno.EINVAL, errno.ENOENT},
+    errno.EINVAL: {errno.EINVAL, errno.ENOENT, errno.EEXIST},
     errno.ENOENT: {errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL},
     errno.EEXIST: {errno.EEXIST, errno.ENOTEMPTY},
+    errno.ENAMETOOLONG: {errno.ENAMETOOLONG, errno.EINVAL},
 }
 
 
@@ -251,7 +252,7 @@ class Run:
     async def do_statfs(self) -> None:
         given = await self.driver.statfs()
         image = Image.of(self.path)
-        assert given.f_bfree * given.f_bsize == len(image.free()) * image.cluster
+        assert (given.f_bfree, given.f_bsize) == (len(image.free()), image.cluster)
         assert given.f_blocks * given.f_bsize == image.clusters * image.cluster
         assert given.f_bavail == given.f_bfree
 

@@ -37,7 +37,7 @@ from memfs_lab import (
     setattr_,
 )
 
-from tests.killing import KILLED, copy, in_child, steps
+from tests.killing import FULL, KILLED, copy, in_child, steps
 from udf.driver.memory import create_memfds
 
 
@@ -60,7 +60,7 @@ def whole_run(todo: list[Operation]) -> tuple[list[Picture], list[str]]:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(6 if FULL else 3))
 def test_kills_at_random_moments_lose_nothing_that_was_acknowledged(fd: int, seed: int) -> None:
     todo = operations(seed, 800)
     pictures, answers = whole_run(todo)

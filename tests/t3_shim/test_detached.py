@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import struct
 import threading
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.t3_shim.program import Program, StillWaiting
 from tests.t3_shim.raw_driver import RawDriver
@@ -18,6 +22,7 @@ from udf.fuse.opcodes import Opcode
 from udf.shim.replay import REPLAY, Replay
 
 pytestmark = can_mount
+EXAMPLES = int(os.environ.get("UDF_FUZZ_EXAMPLES", "10"))  # more of them by night
 AT_ONCE = 1.0  # seconds in which everybody must have heard
 LONG = 60.0
 DATA = b"0123456789" * 1000
@@ -194,6 +199,32 @@ def test_many_nodes_are_forgotten_a_few_at_a_time():
         assert mount.usual.fails("fstat", fd) == errno.ENODEV
         mount.next_driver()
         assert len(mount.do("scan", "a")) == 3000
+
+
+def test_what_a_request_holds_while_it_waits_holds_up_nothing_else():
+    """The kernel takes a page away only when nobody waits for it, and its notifier would have waited too."""
+
+    def big(driver: RawDriver) -> None:
+        grow(driver)
+        driver.tree.file("big", bytes(1 << 20))
+
+    with detachable(big) as mount:
+        fd = warm(mount)
+        other = mount.program()
+        big_fd = other.do("open", mount.path("big"), os.O_RDONLY)
+        other.do("pread", big_fd, 10, 0)
+        unplug(mount, wait=LONG, max_stale=0.3)
+        other.start("pread", big_fd, 10, 900_000)
+        what_waits(mount)
+        until = time.monotonic() + 5
+        while (counts := mount.counters())["invalidated"] < counts["nodes"] or counts["notifying"] > 1:
+            assert time.monotonic() < until, counts
+        mount.usual.start("pread", fd, 10, 0)
+        with pytest.raises(StillWaiting):
+            mount.usual.wait(0.1)  # its page is gone as well
+        mount.next_driver()
+        assert mount.usual.wait() == DATA[:10]
+        assert other.wait() == bytes(10)
 
 
 def test_a_mount_in_which_somebody_stands_is_where_it_was():
@@ -389,6 +420,47 @@ def test_a_driver_that_has_answered_is_heard():
         assert mount.usual.wait() == 3
         assert mount.usual.fails("pwrite", fd, b"NEW", 0) == errno.ENODEV
         mount.next_driver()
+
+
+NOISE = st.lists(
+    st.one_of(
+        st.binary(max_size=60),
+        st.builds(
+            lambda error, unique, body: struct.pack("=IiQ", 16 + len(body), error, unique) + body,
+            st.integers(-40, 10),
+            st.sampled_from((0, 1 << 62, (1 << 62) + 1, (1 << 62) + 3)) | st.integers(2, 200),
+            st.binary(max_size=200),
+        ),
+    ),
+    max_size=20,
+)
+
+
+def test_what_a_driver_says_last_is_checked_like_everything_that_it_says():
+    with detachable() as mount:
+
+        @given(NOISE, st.booleans())
+        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+        def example(noise: list[bytes], waits: bool) -> None:
+            mount.driver.hold(Opcode.MKDIR)
+            mount.usual.start("mkdir", mount.path("new"))
+            mount.driver.wait_for(Opcode.MKDIR)
+            mount.shim.process.send_signal(19)  # SIGSTOP: all of it is there when it looks
+            mount.driver.send(*noise)
+            mount.shim.send({"t": "detach", "wait": LONG * waits, "max_stale": 0})
+            mount.shim.process.send_signal(18)
+            if not waits:
+                with contextlib.suppress(OSError):
+                    mount.usual.wait()
+            mount.next_driver()
+            if waits:
+                with contextlib.suppress(OSError):
+                    mount.usual.wait()
+            with contextlib.suppress(FileNotFoundError):
+                mount.do("rmdir", "new")
+            assert mount.do("stat", "d/inner")["st_size"] == 5
+
+        example()
 
 
 # ---- what is open for writing
@@ -643,6 +715,20 @@ def test_a_mount_whose_device_is_away_is_unmounted_at_once(wait, dirty):
         mount.unmount()
         assert time.monotonic() - began < 2
         assert mount.shim.said("unmounted")[0]["unsaved"] == ""
+
+
+def test_who_waits_for_a_device_does_not_when_the_mount_is_taken_away():
+    with detachable() as mount:
+        mount.do("walk")
+        unplug(mount, wait=LONG, max_stale=LONG)
+        fd = mount.program()
+        fd.do("chdir", mount.path("d"))
+        mount.usual.start("mkdir", mount.path("new"))
+        what_waits(mount)
+        mount.shim.send({"t": "unmount", "lazy": True})
+        ends_with(mount.usual, errno.ENODEV)
+        assert fd.fails("mkdir", "new", seconds=AT_ONCE) == errno.ENODEV
+        mount.shim.wait_for("detached")
 
 
 def test_a_lazy_unmount_of_what_is_away_goes_on_saying_so_until_it_is_closed():

@@ -9,9 +9,12 @@ import time
 import types
 from collections.abc import Iterator
 
+import pytest
+
 from tests.t3_shim.test_node_table import DIRECTORY, enter, make_table
 from udf.fuse import structs
 from udf.fuse.opcodes import Notify
+from udf.shim.away import Away
 from udf.shim.graph import ROOT
 from udf.shim.notifier import Notifier
 
@@ -180,3 +183,79 @@ def test_invalidations_of_many_nodes_do_not_take_longer_and_longer():
                 queue.put(Notify.INVAL_INODE, structs.NOTIFY_INVAL_INODE_OUT.pack(10 + node, -1, 0))
             assert time.monotonic() - began < 3
         assert len({body[:8] for code, body in queue.waiting() if code == Notify.INVAL_INODE}) == 4000
+
+
+def away_of(queue: Queue, kernel_minor: int) -> Away:
+    service = types.SimpleNamespace(
+        nodes=queue.table,
+        notifier=queue.notifier,
+        counters=types.SimpleNamespace(detaches=0, invalidated=0),
+        recovery=types.SimpleNamespace(parked={}),
+        kernel_minor=kernel_minor,
+    )
+    return Away(service)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel_minor", [43, 44])
+def test_when_a_device_stays_away_a_kernel_that_cannot_expire_all_names_is_told_of_each(kernel_minor):
+    with some_queue() as queue:
+        top = enter(queue.table, ROOT, b"d", 77, DIRECTORY)
+        child = enter(queue.table, top, b"f", 88)
+        queue.table.lookups[top] = queue.table.lookups[child] = 1
+        queue.notifier._condition.release()  # it sends, to a pipe
+        away = away_of(queue, kernel_minor)
+        told: list[bool] = []
+        away.knows_nothing = told.append
+        away.begin(0.0)
+        assert told == [True]
+        while away.sweeping:
+            away.sweep()
+        while len(queue.notifier):
+            time.sleep(0.001)
+        queue.notifier._condition.acquire()
+        said = os.read(queue.reader, 1 << 16)
+        codes, names = [], []
+        while said:
+            size, code = struct.unpack_from("=Ii", said)
+            codes.append(code)
+            if code == Notify.INVAL_ENTRY:
+                assert struct.unpack_from("=QII", said, 16)[2] == 1, "its files and what is mounted there stay"
+                names.append(said[32 : size - 1])
+            said = said[size:]
+        assert codes.count(Notify.INVAL_INODE) == 3
+        assert codes[0] == Notify.INC_EPOCH
+        assert sorted(names) == ([b"d", b"f"] if kernel_minor < 44 else [])
+
+
+def test_invalidations_come_as_fast_as_the_kernel_takes_them():
+    with some_queue() as queue:
+        for number in range(5000):
+            queue.table.lookups[enter(queue.table, ROOT, b"%d" % number, 10 + number)] = 1
+        away = away_of(queue, 45)
+
+        class Stuck:
+            """A notifier whose kernel takes nothing."""
+
+            def __init__(self) -> None:
+                self.sent: list[int] = []
+                self.waiting = 0
+
+            def __len__(self) -> int:
+                return self.waiting
+
+            def expire_names(self) -> None:
+                self.waiting += 1
+
+            def invalidate(self, node_id: int) -> None:
+                self.sent.append(node_id)
+                self.waiting += 1
+
+        away._s.notifier = stuck = Stuck()  # type: ignore[assignment]
+        away.begin(0.0)
+        for _ in range(100):
+            away.sweep()
+        assert stuck.waiting == 512
+        while away.sweeping:
+            stuck.waiting = 0
+            away.sweep()
+        assert len(stuck.sent) == len(set(stuck.sent)) == 5001

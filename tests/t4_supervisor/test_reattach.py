@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from real import needs_fuse
 
 from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
+from udf.supervisor import restart
 from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.instance import Reason, State
 from udf.supervisor.mounts import Mount
@@ -155,6 +159,107 @@ async def test_programs_are_told_at_once_and_cached_data_go_on(lab: Lab, stick: 
     await stick.goes_on()
     os.close(file)
     assert (await read(stick.data))[:6] == b"before"
+
+
+async def test_a_program_may_wait_for_the_device(lab: Lab, tmp_path: Path) -> None:
+    stick = await stick_in(lab, tmp_path, on_unplug="wait:20s")
+    file = os.open(stick.data, os.O_RDWR)
+    await stick.pull()
+    await stick.is_away()
+    assert "requests wait for it, 20 s at most; plug it back within 30 s to go on" in stick.volume.text
+    written: list[int] = []
+
+    async def write_on() -> None:
+        written.append(await in_thread(os.pwrite, file, b"x" * 512, 0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write_on)
+        with trio.fail_after(5):
+            while not (await stick.volume.requests()).total:  # type: ignore[union-attr]
+                await trio.sleep(0.01)
+        assert written == []
+        assert await stick.plug()
+    assert written == [512]
+    os.close(file)
+
+
+async def test_each_volume_of_a_device_waits_for_its_own_time(lab: Lab, stick: Stick, tmp_path: Path) -> None:
+    short = await lab.mount(stick.disk, tmp_path / "short", grace="0.3")
+    none = await lab.mount(stick.disk, tmp_path / "none", grace="0")
+    await stick.pull()
+    await gone(none, 2)
+    await gone(short, 3)
+    assert (none.instance.reason, short.instance.reason) == (Reason.UNPLUGGED, Reason.EXPIRED)
+    assert stick.disk.is_waiting
+    assert await stick.plug()
+    await stick.goes_on()
+    assert stick.disk.volumes == [stick.volume]
+
+
+async def test_the_time_of_grace_does_not_end_while_what_came_back_is_looked_at(lab: Lab, tmp_path: Path) -> None:
+    stick = await stick_in(lab, tmp_path, grace="0.5")
+    await stick.pull()
+    await stick.is_away()
+    lease = await lab.replug(stick.lease)
+    lease.refuse = [OSError(errno.EBUSY, "busy")] * 12  # for a second and more
+    begun = trio.current_time()
+    with trio.fail_after(10):
+        assert await stick.disk.take_back(lease)
+    assert trio.current_time() - begun > 0.5
+    await stick.goes_on()
+
+
+async def test_a_spare_of_a_volume_is_its_next_generation(lab: Lab, tmp_path: Path) -> None:
+    stick = await stick_in(lab, tmp_path, spare="")
+    with trio.fail_after(10):
+        while stick.volume.recovery.spare_pid is None:
+            await trio.sleep(0.01)
+    await trio.sleep(0.3)  # it gets warm
+    await stick.pull()
+    await stick.is_away()
+    spare = stick.volume.recovery.spare_pid
+    assert await stick.plug()
+    await stick.goes_on()
+    assert stick.volume.driver.pid == spare
+    with trio.fail_after(10):
+        while stick.volume.recovery.spare_pid in (None, spare):
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("which", ["volume", "disk"])
+async def test_a_driver_that_stands_still_keeps_no_unplug_from_being_told(stick: Stick, which: str) -> None:
+    file = os.open(stick.data, os.O_RDWR)
+    pid = getattr(stick, which).driver.pid
+    os.kill(pid, signal.SIGSTOP)
+    with trio.fail_after(2):  # a second, and what a busy machine takes
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stick.pull)
+            with pytest.raises(OSError) as failure:
+                await in_thread(os.pwrite, file, b"x" * 512, 1 << 18)
+    assert failure.value.errno == errno.ENODEV
+    await stick.is_away()
+    assert await stick.plug()
+    await stick.goes_on()
+    os.close(file)
+
+
+async def test_a_driver_that_was_given_up_gets_another_chance_with_the_next_plug(
+    stick: Stick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restart, "FIRST_DELAY", 0.01)
+    with trio.fail_after(20):
+        while stick.volume.instance.state is not State.FAILED:
+            pid = stick.volume.driver.pid
+            if pid is not None and stick.volume.instance.state is State.ACTIVE:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSEGV)
+            await trio.sleep(0.02)
+    await stick.pull()
+    await stick.is_away()
+    assert stick.volume.instance.state is State.DETACHED
+    assert await stick.plug()
+    await stick.goes_on()
+    assert stick.volume.recovery.restarts_left == 4
 
 
 async def test_after_the_grace_time_everything_is_gone(lab: Lab, tmp_path: Path) -> None:
@@ -317,6 +422,32 @@ async def test_what_was_written_and_not_synced_is_written_again(lab: Lab, tmp_pa
     await in_thread(os.fsync, file)
     os.close(file)
     assert (await read(stick.data))[8192:8204] == b"acknowledged"
+
+
+async def test_what_has_come_back_and_ended_is_freed_at_once(lab: Lab, tmp_path: Path) -> None:
+    freed = []
+
+    async def live() -> None:
+        stick = await stick_in(lab, tmp_path)
+        for each in (stick.disk, stick.volume, stick.disk.recovery, stick.volume.recovery):
+            weakref.finalize(each, freed.append, type(each).__name__)
+        await stick.pull()
+        await stick.is_away()
+        assert await stick.plug()
+        await stick.goes_on()
+        await lab.registry.end(stick.disk, Reason.OPERATOR)
+        await stick.is_gone()
+
+    gc.collect()
+    gc.disable()
+    try:
+        await live()
+        with trio.move_on_after(2):
+            while len(freed) < 4:
+                await trio.sleep(0.02)
+    finally:
+        gc.enable()
+    assert sorted(freed) == ["BlockEndpoint", "Mount", "Recovery", "Recovery"]
 
 
 async def test_a_block_shim_that_dies_takes_its_volumes_with_it(stick: Stick) -> None:

@@ -199,14 +199,16 @@ async def test_a_device_may_be_pulled_out_while_it_is_looked_at() -> None:
             key = world.plug(**S1)
             await quiet()
             assert not world.links
+            assert len(world.binder.tenants) == 1  # nothing else is begun with it while that is under way
             world.unplug(key)
             await quiet()
+        key = world.plug(**S1)
+        await quiet()
         world.let_return.set()
         await quiet()
         assert list(world.running) == ["disk0"]
-        again = world.plug(**S1)
-        await quiet()
-        assert world.offered[-1] == ("disk0", again)
+        assert len(world.offered) == 2  # the two in between were gone before anybody could ask
+        assert world.offered[-1] == ("disk0", key)
         assert world.links == {"0781-5567-S1": "disk0"}
         assert len(world.started) == 1
 

@@ -544,25 +544,33 @@ def test_an_identity_is_the_process_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_options", "age", "text"),
+    ("left", "readable", "wait", "text"),
     [
         (
-            {"max_stale": "25"},
-            5.2,
+            25.0,
+            19.8,
+            0,
             "the device was unplugged; cached files can be read for 20 s more; plug it back within 25 s to go on",
         ),
-        ({"max_stale": "5"}, 5, "the device was unplugged; nothing can be read; plug it back within 25 s to go on"),
+        (24.1, -1, 0, "the device was unplugged; nothing can be read; plug it back within 25 s to go on"),
         (
-            {"max_stale": "0", "on_unplug": "wait:5"},
-            29.5,
+            0.5,
+            0,
+            5,
             "the device was unplugged; nothing can be read; requests wait for it, 5 s at most;"
             " plug it back within 1 s to go on",
         ),
-        ({}, 31, "the device was unplugged; nothing can be read"),
-        ({"grace": "0"}, 0, "the device was unplugged"),
+        (
+            float("inf"),
+            3,
+            0,
+            "the device was unplugged; cached files can be read for 3 s more; one was plugged in and is looked at",
+        ),
+        (0, 10, 5, "the device was unplugged"),
+        (float("-inf"), 10, 0, "the device was unplugged"),
     ],
 )
 def test_a_mount_without_its_device_says_how_long_that_goes_well(
-    given_options: dict[str, str], age: float, text: str
+    left: float, readable: float, wait: float, text: str
 ) -> None:
-    assert unplugged.text_of(options.split(given_options)[0], age) == text
+    assert unplugged.text_of(left, readable=readable, wait=wait) == text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -71,24 +70,39 @@ class Lab:
         path.write_bytes(data)
         return path
 
-    def plug(self, name: str, data: bytes | None = None, *arguments: str) -> str:
-        """A stick; what the command says, without the line about the block device itself."""
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """What a command asks, without the time that a command takes to start."""
+        with Connection(self.daemon.socket) as connection:
+            return connection.call(method, **parameters)
+
+    def plug(self, name: str, data: bytes | None = None) -> list[Path]:
+        """A stick with this content, or the one that was there before; where its volumes are mounted."""
         path = self.home / f"{name}.img" if data is None else self.image(name, data)
-        said = self.daemon.udf.done("plug", path, "--name", name, "--serial", f"S-{name}", *arguments).splitlines()
-        assert said[0].startswith(f"{name}: usb_storage serves it as disk")
-        return "\n".join(said[1:])
+        options = {"file": str(path), "serial": f"S-{name}"}
+        row = self.call("Plug", model="storage", options=options, name=name)["device"]
+        assert row["state"] == "bound", row
+        places = [each["mountpoint"] for one in row["instances"] for each in one["volumes"]]
+        return sorted(Path(place) for place in places if place is not None)
 
     def unplug(self, name: str) -> None:
-        self.daemon.udf.done("unplug", name)
+        self.call("Unplug", name=name)
+
+    def device(self, name: str) -> dict[str, Any]:
+        return next(row for row in self.call("Devices")["devices"] if row["name"] == name)
 
     def volumes(self, name: str) -> list[dict[str, Any]]:
-        rows = json.loads(self.daemon.udf.done("devices", "--json"))["devices"]
-        return [each for row in rows if row["name"] == name for one in row["instances"] for each in one["volumes"]]
+        return [each for one in self.device(name)["instances"] for each in one["volumes"]]
+
+    def mounts(self) -> list[dict[str, Any]]:
+        return list(self.call("Status")["mounts"])
 
     def events(self) -> list[tuple[str, str]]:
         """Reason and text of what was told of volumes."""
-        lines = self.daemon.udf.done("events", "--json").splitlines()
-        return [(event["reason"], event["text"]) for event in map(json.loads, lines) if event["what"] == "volume"]
+        events = self.call("Events")["events"]
+        return [(event["reason"], event["text"]) for event in events if event["what"] == "volume"]
+
+    def in_media(self) -> list[str]:
+        return sorted(name for name in os.listdir(self.media) if not name.startswith("."))
 
     def until(self, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
         """Until it is true: each event of the daemon is a reason to look again."""
@@ -105,8 +119,9 @@ class Lab:
 
 
 @contextlib.contextmanager
-def running_lab(home: Path, directory: Path, *arguments: str | Path) -> Iterator[Lab]:
+def running_lab(home: Path, directory: Path, *arguments: str | Path, rules: str = "") -> Iterator[Lab]:
     lab = Lab(home)
+    lab.rules.write_text(rules)
     with running_daemon(directory, "--rules", lab.rules, *arguments, HOME=str(home)) as lab.daemon:
         yield lab
     assert not mounts_below(directory)

@@ -162,6 +162,7 @@ states:
   waiting    its driver requires something that is not there yet
   tie        several drivers fit equally well: a [[prefer]] rule decides
   denied     by a [[deny]] rule
+  away       it was pulled out while it was used, and goes on when it is plugged in again
   ejected    it may be pulled out; plugged in again it is served again
   no_driver  nothing on the search path is for it
   hub        hubs need no driver

@@ -1,8 +1,8 @@
 """What each command asks, and how its answer is printed.
 
 Owns: turning arguments into calls of the control interface and answers into text; what concerns dead and hung drivers
-is in recovering.py, what concerns devices in devices.py. Must never: import trio or pyfuse3 outside of `daemon` and
-`mount -f`, or look below a mountpoint.
+is in recovering.py, what ends mounts in unmounting.py, what concerns devices in devices.py. Must never: import trio or
+pyfuse3 outside of `daemon` and `mount -f`, or look below a mountpoint.
 Called by udf.cli.main, which owns errors.
 """
 
@@ -15,17 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from udf.cli import devices, recovering, show
+from udf.cli import devices, recovering, show, unmounting
 from udf.cli.asking import (
     TAGS,
-    Meant,
     Row,
     absolute,
     absolute_mountpoint,
     all_supervisors,
-    find_meant,
+    may_be_device,
     meant,
-    not_ours,
     options_of,
 )
 from udf.errors import UserError
@@ -126,91 +124,6 @@ def _source_kind(source: str) -> str:
     return "file" if stat.S_ISREG(mode) else "device"
 
 
-def umount(arguments: argparse.Namespace) -> int:
-    """`udf umount`: whichever supervisor has the mount does it."""
-    found = find_meant(arguments.mountpoint, arguments.socket) or _find_device(arguments.mountpoint, arguments.socket)
-    mountpoint = absolute_mountpoint(arguments.mountpoint) if found is None else found.mountpoint
-    if found is None:
-        _clean_stale(mountpoint)
-    else:
-        mountpoints = _ask_to_unmount(found, arguments.lazy)
-        mountpoint = found.mountpoint or mountpoints[0]
-    if arguments.json:
-        show.as_json({"mountpoint": mountpoint})
-    return 0
-
-
-def _find_device(text: str, path: str | None) -> Meant | None:
-    """A device of a daemon, of which something may be mounted; whether there is one, only the daemon can tell."""
-    connection = client.find_daemon(path)
-    if connection is None:
-        return None
-    device = text if _may_be_device(text) else absolute(text)
-    return Meant(connection, {"device": device}, "")
-
-
-def _ask_to_unmount(found: Meant, lazy: bool) -> list[str]:
-    with found.connection:
-        try:
-            return list(found.connection.call("Unmount", **found.which, lazy=lazy or None)["mountpoints"])
-        except client.ControlError as error:
-            if error.name == "NotFound" and "device" in found.which:
-                return [_clean_or_refuse(found.which["device"])]
-            raise _busy(error, found.mountpoint, "end that first, or use `udf umount -l`") from None
-
-
-def _busy(error: client.ControlError, mountpoint: str, what_to_do: str) -> client.ControlError | UserError:
-    """What to say of a mount that is in use: by whom."""
-    if error.name != "Busy":
-        return error
-    from udf.cli.holders import describe
-
-    where = mountpoint or str(error.parameters.get("mountpoint", ""))
-    return UserError(f"{where} is in use by {describe(where)}: {what_to_do}")
-
-
-def _clean_or_refuse(text: str) -> str:
-    mountpoint = absolute_mountpoint(text)
-    _clean_stale(mountpoint)
-    return mountpoint
-
-
-def eject(arguments: argparse.Namespace) -> int:
-    """`udf eject`: everything that is mounted of a device is unmounted, and the device ends."""
-    connection = client.find_daemon(arguments.socket)
-    if connection is None:
-        raise client.NoSupervisorError("no daemon runs, and devices are served by one: start `udf daemon`")
-    text = arguments.device
-    with connection:
-        try:
-            answer = connection.call(
-                "Eject", device=text if _may_be_device(text) else absolute(text), mountpoint=absolute_mountpoint(text)
-            )
-        except client.ControlError as error:
-            raise _busy(error, "", "end that first; nothing was ejected") from None
-    if arguments.json:
-        show.as_json(answer)
-    else:
-        show.line(f"{answer['text']}.")
-    return 0
-
-
-def _clean_stale(mountpoint: str) -> None:
-    """Take away a mount of ours whose shim was killed together with its supervisor."""
-    from udf.fuse import mount as mounting
-
-    found = mounting.find_mount(mountpoint)
-    if found is None or found.fstype != mounting.FSTYPE:
-        raise not_ours(mountpoint)
-    try:
-        done = mounting.clean_stale(mountpoint)
-    except mounting.MountError as error:
-        raise UserError(str(error)) from error
-    if done is None:
-        raise UserError(f"{mountpoint} is served by a supervisor that cannot be reached: ask as its user, or as root")
-    print(f"udf: {done}", file=sys.stderr)
-
-
 def status(arguments: argparse.Namespace) -> int:
     """`udf status`: the mounts of the daemon and of every private supervisor."""
     mounts: list[Row] = []
@@ -233,6 +146,10 @@ def status(arguments: argparse.Namespace) -> int:
         for row in mounts:
             if row["state"] != "ACTIVE" and row["text"]:
                 show.line(f"{row['mountpoint']}: {row['reason']}: {row['text']}")
+            elif row["kind"] == "mount" and row["device"] and not row["volume"]:
+                show.line(
+                    f"{row['mountpoint']}: {row['driver']} takes files: this mount does not live through an unplug"
+                )
     else:
         show.line("Nothing is mounted.")
     return 0
@@ -245,7 +162,7 @@ def _status_row(row: Row) -> tuple[object, ...]:
         state,
         row["driver"],
         row["mountpoint"],
-        row["source"] or row.get("device") or "-",
+        (row["kind"] == "mount" and row.get("device")) or row["source"] or row.get("device") or "-",
         row["generation"],
         row["restarts_left"],
         row["durability"],
@@ -383,20 +300,15 @@ def _absolute_source(source: str, connection: client.Connection | None = None) -
                 f"no daemon runs that could know {source}: start `udf daemon`, or name the image or device itself"
             )
         return source
-    if ":" in head or (connection is not None and _may_be_device(source)):
+    if ":" in head or (connection is not None and may_be_device(source)):
         return source
     return absolute(source)
 
 
-def _may_be_device(text: str) -> bool:
-    """Whether it is not a path."""
-    return text.startswith(TAGS) or not (text.startswith(("/", ".")) or os.path.lexists(text))
-
-
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    command.__name__: command
-    for command in (daemon, mount, attach, umount, eject, status, drivers, events, trace, doctor)
+    command.__name__: command for command in (daemon, mount, attach, status, drivers, events, trace, doctor)
 }
+COMMANDS |= {command.__name__: command for command in (unmounting.umount, unmounting.eject)}
 COMMANDS |= {command.__name__: command for command in (recovering.restart, recovering.hung, recovering.crashes)}
 COMMANDS |= {
     command.__name__: command

@@ -32,13 +32,19 @@ def devices(arguments: argparse.Namespace) -> int:
     heading = ("STATE", "ID", "NAME", "PORT", "DEVICE", "SERIAL", "CLASS", "DRIVER", "WHERE")
     show.table(heading, [_device_row(row) for row in rows])
     for row in rows:
-        name = row["name"] or row["key"]
+        name = _label(row)
         if row["state"] != "bound":
             show.line(f"{name}: {row['state']}: {row['text']}")
         for volume in (each for instance in row["instances"] for each in instance["volumes"]):
             if volume["mountpoint"] is not None:
                 show.line(f"{name}: {_volume(volume)}")
     return 0
+
+
+def _label(row: Row) -> str:
+    """What a device is called in a sentence; one that is away has only its instance's name."""
+    instances = list(row["instances"]) if row["state"] == "away" else []
+    return str(row["name"] or (instances[0]["name"] if instances else row["key"]))
 
 
 def _device_row(row: Row) -> tuple[object, ...]:

@@ -131,16 +131,6 @@ class Graph:
         driver_id: int = self.driver_id[slot]
         return driver_id
 
-    @property
-    def top(self) -> int:
-        """No slot from here on is a node."""
-        return self._slots.top
-
-    def is_known(self, slot: int) -> bool:
-        """Whether the kernel may have something cached of *slot*."""
-        known: bool = self.flags[slot] & ALIVE != 0 and self.lookups[slot] > 0
-        return known
-
     def is_resolved(self, slot: int) -> bool:
         """Whether this generation of the driver knows *slot*."""
         resolved: bool = self.generation_of[slot] == self.generation

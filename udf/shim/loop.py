@@ -349,7 +349,7 @@ class Loop:
             return
         self._asked_to_unmount = True
         self._unmount_lazily = lazy
-        self.s.recovery.unmount_begins()
+        self.s.recovery.unmount_begins(lazy=lazy)
         self._unmounting = threading.Thread(target=self._unmount, args=(lazy,), name="unmount", daemon=True)
         self._unmounting.start()
 

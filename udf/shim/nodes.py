@@ -38,6 +38,18 @@ class BadEntry(Exception):
 class NodeTable(Graph):
     """The graph, and what is known of each node in it."""
 
+    # ---- what the kernel may have cached
+
+    @property
+    def top(self) -> int:
+        """No slot from here on is a node."""
+        return self._slots.top
+
+    def is_known(self, slot: int) -> bool:
+        """Whether the kernel may have something cached of *slot*."""
+        known: bool = self.flags[slot] & ALIVE != 0 and self.lookups[slot] > 0
+        return known
+
     # ---- attributes
 
     def keep_attr(self, slot: int, buffer: bytearray, at: int, until: float) -> None:

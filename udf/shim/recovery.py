@@ -244,12 +244,16 @@ class Recovery:
                 parked.parked_at = now
         self.away.begin(max_stale)
 
-    def unmount_begins(self) -> None:
-        """The kernel writes back what is dirty first, and with the device away that must not wait for it."""
+    def unmount_begins(self, *, lazy: bool) -> None:
+        """The kernel writes back what is dirty first, and with the device away that must not wait for it.
+
+        Nor does anybody whose mount is out of the tree: it is not kept for a device any more.
+        """
         self.unmounting = True
         if self.away.is_away:
+            self.active = self.active and not lazy
             for parked in list(self.parked.values()):
-                if is_from_page_cache(parked.op, parked.request):
+                if lazy or is_from_page_cache(parked.op, parked.request):
                     self._give_up(parked)
 
     def check_time(self, now: float) -> None:

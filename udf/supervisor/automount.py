@@ -22,17 +22,16 @@ import trio
 from udf import messages
 from udf.errors import UserError
 from udf.manifest import Manifest
-from udf.manifest.check import MOUNT_WORDS
 from udf.supervisor import catalog, naming
-from udf.supervisor.bell import Bell
 from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.contents import NOTHING, Content
 from udf.supervisor.devices import Devices
 from udf.supervisor.instance import Event, Reason, State
 from udf.supervisor.mediadir import MediaDirectory
 from udf.supervisor.mounts import Mount
+from udf.supervisor.options import is_flag
 from udf.supervisor.output import sentence
-from udf.supervisor.plan import BusyError
+from udf.supervisor.plan import BusyError, StartFailedError
 from udf.supervisor.registry import MountRequest, Registry
 from udf.supervisor.sources import Place, of_use
 from udf.supervisor.spawn import Identity
@@ -57,6 +56,7 @@ class Slot:
     mount: Mount | None = None
     is_busy: bool = True  # something is under way that ends by itself
     is_left: bool = False  # until the next plug
+    is_gone: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     @property
@@ -96,7 +96,7 @@ class Automount:
         self._devices = devices
         self._volumes = volumes
         self._slots: list[Slot] = []
-        self._bell = Bell()
+        self._bell = volumes.bell
         self._poked = trio.Event()
         self._closing = False
         self._passes = 0
@@ -144,11 +144,12 @@ class Automount:
         ]
         for slot in list(self._slots):
             if (slot.disk, slot.export) not in there:
+                slot.is_gone = True  # for good: what looks the same later is another medium
                 slot.scope.cancel()  # a mount goes on, and ends as the device's endpoint says
-                if slot.mount is None:
-                    self._slots.remove(slot)
+            if slot.is_gone and slot.mount is None:
+                self._slots.remove(slot)
         for disk, export in there:
-            known = any(slot.disk is disk and slot.export == export for slot in self._slots)
+            known = any(slot.disk is disk and slot.export == export and not slot.is_gone for slot in self._slots)
             if not known and not self._closing and disk.instance.state is State.ACTIVE:
                 slot = Slot(disk, export)
                 self._slots.append(slot)
@@ -174,6 +175,7 @@ class Automount:
         tried: Wish | None = None  # in vain: the same again would fail as well
         losses = 0
         while (wish := await self._other_wish(slot, tried)) is not None:
+            await self._bell.until(lambda: not any(each.mount for each in self._slots if self._went_before(each, slot)))
             if self._is_used(slot):
                 return  # somebody was quicker, and it is theirs
             outcome = await self._mount(slot, wish)
@@ -236,6 +238,10 @@ class Automount:
             options |= {"gid": str(self._media.group), "umask": "002"}
         return options
 
+    def _went_before(self, old: Slot, new: Slot) -> bool:
+        """Whether it was in the same place."""
+        return old.is_gone and old.disk is new.disk and old.export.name == new.export.name
+
     def _is_used(self, slot: Slot) -> bool:
         mine = (slot.export.name, slot.export.unit)
         exports = {each.name: each for each in slot.disk.exports}
@@ -258,7 +264,9 @@ class Automount:
             request = MountRequest(mountpoint=str(path), driver=wish.driver.name, options=dict(wish.options))
             driver = catalog.from_manifest(wish.driver)
             try:
-                mount = await self._volumes.mount_on(slot.disk, slot.export, driver, request, Identity.own())
+                mount = await self._volumes.mount_on(
+                    slot.disk, slot.export, driver, request, Identity.own(), fresh=True
+                )
             except BusyError as exc:
                 log.info("%s: %s", slot.place, exc)
                 return Outcome.ENDED
@@ -266,7 +274,8 @@ class Automount:
                 if slot.disk.instance.state is State.ACTIVE:
                     use = f"; it can be used as {slot.disk.plan.where}/{slot.export.name}"
                     self._tell(slot, "failed", f"{slot} could not be mounted: {exc}{use}")
-                return Outcome.FAILED
+                is_refused = not isinstance(exc, StartFailedError) or exc.reason is Reason.REFUSED
+                return Outcome.FAILED if is_refused else Outcome.LOST
             slot.mount, slot.is_busy = mount, False
             self._tell(slot, "mounted", f"{slot} is mounted on {path}")
             with trio.CancelScope(shield=True):  # it lives as long as it lives, and its directory is ours
@@ -285,19 +294,12 @@ class Automount:
 
     # ---- what others ask
 
-    async def settled(self, disks: list[str], seconds: float) -> None:
-        """Wait until nothing is under way for these devices, but not for ever."""
-
-        def is_quiet() -> bool:
-            there = [each for each in self._volumes.sources.disks(Identity.own()) if each.plan.name in disks]
-            return all(
-                any(slot.disk is disk and slot.export == export and not slot.is_busy for slot in self._slots)
-                for disk in there
-                for export in of_use(disk.exports)
-            )
-
-        self.poke()
-        await self._bell.within(seconds, is_quiet)
+    def is_quiet(self, disk: BlockEndpoint) -> bool:
+        """Whether nothing is under way for a device."""
+        return all(
+            any(slot.disk is disk and slot.export == export and not slot.is_busy for slot in self._slots)
+            for export in of_use(disk.exports)
+        )
 
     def again(self, disk: BlockEndpoint) -> None:
         """What was unmounted for an end that did not come is mounted again."""
@@ -310,7 +312,7 @@ def _as_given(options: Mapping[str, str]) -> dict[str, str]:
     """A rule's options as they would be written after -o: `ro = true` is the word alone, `ro = false` nothing."""
     given = {}
     for name, value in options.items():
-        if name in MOUNT_WORDS and value in ("0", "1"):
+        if is_flag(name) and value in ("0", "1"):
             if value == "1":
                 given[name] = ""
         else:

@@ -145,9 +145,12 @@ class Binder:
                     continue
             if not mine:
                 known.is_shared = len(verdict.bindings) > 1
-            mine.append(
-                self._give_back(binding, present, known.is_shared) or self._begin(binding, present, known.is_shared)
-            )
+            loser = self._who_has_lost(binding, present)
+            if loser is None:
+                mine.append(self._begin(binding, present, known.is_shared))
+            elif not loser.is_returning:  # else it is about to learn that what it looks at is gone again
+                self._give_back(loser, binding, present, known.is_shared)
+                mine.append(loser)
         self._describe(known, mine, verdict)
         return again
 
@@ -156,18 +159,18 @@ class Binder:
     def _absent(self) -> list[Tenant]:
         return [tenant for tenant in self.tenants if tenant.is_absent]
 
-    def _give_back(self, binding: Binding, present: Present, shared: bool) -> Tenant | None:
-        """Offer a device to the driver that may have lost it, if there is one."""
+    def _who_has_lost(self, binding: Binding, present: Present) -> Tenant | None:
+        """The driver whose device this may be."""
         absent = self._absent()
         number = whose_device(binding, present.facts, [_as_absent(each) for each in absent])
-        if number is None:
-            return None
-        tenant = absent[number]
+        return None if number is None else absent[number]
+
+    def _give_back(self, tenant: Tenant, binding: Binding, present: Present, shared: bool) -> None:
+        """Offer it a device."""
         before = tenant.binding, tenant.facts, tenant.lease
         tenant.binding, tenant.facts, tenant.lease = binding, present.facts, present.lease(binding, shared)
         tenant.is_returning = True
         self._nursery.start_soon(self._return, tenant, before)
-        return tenant
 
     async def _return(self, tenant: Tenant, before: tuple[Binding, DeviceFacts, Lease]) -> None:
         assert tenant.endpoint is not None
@@ -361,7 +364,8 @@ class Binder:
         seen = self._passes  # a pass that may have begun before the device came says nothing
 
         def is_quiet() -> bool:
-            return self._passes > seen and all(tenant.serves for tenant in self.tenants_of(key))
+            is_due = self._poked.is_set()  # a driver may just have found that this is not its device
+            return self._passes > seen and not is_due and all(tenant.serves for tenant in self.tenants_of(key))
 
         self.poke()
         return await self.bell.within(seconds, is_quiet)

@@ -36,6 +36,7 @@ from udf.supervisor.trace import TraceFeed
 
 BACKLOG = 128
 TELL_GRACE = 0.6  # for the end of the volumes' drivers at an unplug; programs hear of that within a second
+VOLUMES_FIRST = 2.0  # seconds for which the files wait for the volumes when the device is back
 FILES_PAUSE = 0.5  # seconds after which lost files are started again: what ends them each time must not keep a CPU
 _LOST = (Reason.CRASHED, Reason.HUNG, Reason.CONTRACT, Reason.EXTERNAL)
 
@@ -193,6 +194,10 @@ class BlockEndpoint(Endpoint):
         await self._bell.until(
             lambda: is_over() or (self.instance.state is State.ACTIVE and not self.recovery.is_unplugged)
         )
+        # Programs wait for the volumes, and nobody has had files open here.
+        await self._bell.within(
+            VOLUMES_FIRST, lambda: is_over() or all(v.instance.state is not State.DETACHED for v in self.volumes)
+        )
         return not is_over()
 
     def _files_settled(self) -> None:
@@ -295,6 +300,8 @@ class BlockEndpoint(Endpoint):
         """See Waiter."""
         for volume in self.volumes:
             volume.recovery.absence.expect(expected)
+            if expected:
+                volume.recovery.expect_device()
 
     def recall_dependants(self) -> None:
         """See Waiter."""

@@ -308,7 +308,7 @@ def _describe(mount: Endpoint, counters: dict[str, int | float], device: str | N
         "uid": plan.owner.uid,
         "state": instance.state,
         "reason": instance.reason,
-        "text": instance.text,
+        "text": mount.text,
         "since": instance.since,
         "generation": mount.generation,
         "restarts_left": mount.recovery.restarts_left,

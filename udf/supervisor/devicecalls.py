@@ -6,15 +6,17 @@ supervisor's own user plug in what drivers then believe. Called by: control.py.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 
 from udf.errors import UserError
 from udf.supervisor import rights
-from udf.supervisor.devices import Devices, Row
+from udf.supervisor.devices import Devices, NoDeviceError, Row
 from udf.supervisor.varlink import Call, Method
 from udf.supervisor.volumes import Volumes
 
-MOUNTING_WAIT = 30.0  # for what is mounted by itself
+MOUNTING_WAIT = 30.0  # for what is mounted by itself, or was before
 MAX_FAULTS = 256
 MAX_OPTIONS = 100
 MAX_TEXT = 4096
@@ -82,14 +84,16 @@ class DeviceCalls:
             if len(key) > MAX_TEXT or len(value) > MAX_TEXT:
                 raise UserError(f"the option {key[:40]!r} has more than {MAX_TEXT} characters: use a shorter value")
         _check_faults(faults)
-        return {"device": await self._plugged(await devices.plug(wanted.model, options, wanted.name, faults))}
+        row = await devices.plug(wanted.model, options, wanted.name, faults)
+        return {"device": await self._settled(devices, row)}
 
     async def _unplug(self, call: Call) -> object:
         await self._served(call).unplug(call.parameters(_Name).name)
         return None
 
     async def _replug(self, call: Call) -> object:
-        return {"device": await self._plugged(await self._served(call).replug(call.parameters(_Name).name))}
+        devices = self._served(call)
+        return {"device": await self._settled(devices, await devices.replug(call.parameters(_Name).name))}
 
     async def _faults(self, call: Call) -> object:
         wanted = call.parameters(_Faults)
@@ -97,12 +101,14 @@ class DeviceCalls:
         await self._served(call).faults(wanted.name, wanted.faults)
         return None
 
-    async def _plugged(self, row: Row) -> Row:
-        """The same when its volumes are mounted, if they are by themselves, and those that waited for it are back."""
-        names = [each["name"] for each in row["instances"]]
-        if self._volumes.automount is not None:
-            await self._volumes.automount.settled(names, MOUNTING_WAIT)
-        await self._volumes.returned(names, MOUNTING_WAIT)
+    async def _settled(self, devices: Devices, row: Row) -> Row:
+        """The device when its volumes are mounted by themselves, or go on. Who serves it may be another one by then."""
+        names: set[str] = set()
+        while new := {each["name"] for each in row["instances"]} - names:
+            names |= new
+            await self._volumes.settled(new, MOUNTING_WAIT)
+            with suppress(NoDeviceError):  # it may be gone again
+                row = devices.row(devices.find(row["key"]))
         return self._with(row)
 
     def _with(self, row: Row) -> Row:

@@ -19,7 +19,9 @@ import trio
 
 from udf.errors import UserError
 from udf.supervisor import sockets
+from udf.supervisor.bell import Bell
 from udf.supervisor.binder import EJECTED, Binder
+from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.emulator import Emulator
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import Reason, State
@@ -28,6 +30,7 @@ from udf.supervisor.offers import Offers
 from udf.supervisor.output import sentence
 from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import Registry
+from udf.supervisor.spawn import Identity
 from udf.supervisor.starter import RegistryStarter
 from udf.supervisor.tenants import Known, Present, Tenant
 from udf.usb.bus import Bus, BusDevice
@@ -66,6 +69,7 @@ class Devices:
         self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival: a driver may configure it differently
         self._leases = Leases(nursery)
         self._nursery = nursery
+        self._registry = registry
         self.offers = Offers(rules, self._changed)
         self.binder = Binder(
             self._present, lambda: self.offers.now, RegistryStarter(registry, self.by_id), registry.events, nursery
@@ -126,8 +130,9 @@ class Devices:
         return found
 
     def rows(self) -> list[Row]:
-        """Every device as the interface describes it."""
-        return [self._row(known) for _, known in sorted(self.binder.known.items())]
+        """Every device as the interface describes it, and those that are away and waited for."""
+        away = [each for each in self.binder.tenants if each.is_absent and each.binding.key not in self.binder.known]
+        return [self._row(known) for _, known in sorted(self.binder.known.items())] + [*map(self._away, away)]
 
     def find(self, text: str) -> Known:
         """The device that is meant: by a driver's instance, its name, port, key, VENDOR:PRODUCT or serial number."""
@@ -175,14 +180,20 @@ class Devices:
         return self._row(known)
 
     def _row(self, known: Known) -> Row:
-        facts = known.facts
-        tenants = self.binder.tenants_of(facts.key)
+        tenants = self.binder.tenants_of(known.facts.key)
         word, text = self._state(known, tenants)
+        return self._describe(known.facts, known.name, word, text, tenants)
+
+    def _away(self, tenant: Tenant) -> Row:
+        text = f"it was pulled out while {tenant.name} was used: plug it in again to go on"
+        return self._describe(tenant.facts, "", "away", text, [tenant])
+
+    def _describe(self, facts: DeviceFacts, name: str, word: str, text: str, tenants: list[Tenant]) -> Row:
         return {
             "key": _shown(facts.key),
             "bus": _shown(facts.bus),
             "port": _shown(facts.port),
-            "name": _shown(known.name),
+            "name": _shown(name),
             "vendor": facts.vendor,
             "product": facts.product,
             "manufacturer": _shown(facts.manufacturer),
@@ -316,8 +327,20 @@ class Devices:
         def is_gone() -> bool:
             return not keys & self._present().keys() and not any(self.binder.tenants_of(key) for key in keys)
 
+        # The binder need not hear of it when all is done for a device that is waited for; its endpoint does.
+        names = {tenant.name for key in keys for tenant in self.binder.tenants_of(key)}
+        disks = [each for each in self._registry.endpoints(Identity.own()) if isinstance(each, BlockEndpoint)]
+        bells = [self.binder.bell, *(each.bell for each in disks if each.plan.name in names)]
         self.binder.poke()
-        await self.binder.bell.within(BINDING_WAIT, is_gone)
+        with trio.move_on_after(BINDING_WAIT):
+            async with trio.open_nursery() as nursery:
+
+                async def listen(bell: Bell) -> None:
+                    await bell.until(is_gone)
+                    nursery.cancel_scope.cancel()
+
+                for bell in bells:
+                    nursery.start_soon(listen, bell)
 
     async def _ensure_emulated_bus(self) -> None:
         if not any(bus.name == EMULATED for bus in self._buses):

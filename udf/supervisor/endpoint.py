@@ -29,7 +29,8 @@ from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.lease import Lease
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import HEARTBEAT, DriverPlan, StartFailedError
-from udf.supervisor.recovery import LAST_WORDS, Recovery, stop_grace
+from udf.supervisor.recovery import Recovery
+from udf.supervisor.succession import LAST_WORDS, stop_grace
 
 if TYPE_CHECKING:
     from udf.supervisor.front import Front
@@ -78,6 +79,11 @@ class Endpoint(ABC):
     def is_lazy(self) -> bool:
         """Whether it is out of the tree already and only serves what is still open."""
         return False
+
+    @property
+    def text(self) -> str:
+        """Its state as a sentence, as that is now."""
+        return self.instance.text
 
     @property
     def is_gone(self) -> bool:

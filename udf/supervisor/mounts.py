@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from udf import messages
-from udf.supervisor import paths
+from udf.supervisor import paths, unplugged
 from udf.supervisor.absence import NEVER, UNPLUGGED
 from udf.supervisor.bell import Bell
 from udf.supervisor.endpoint import Endpoint
@@ -165,6 +165,15 @@ class Mount(Endpoint):
         if absence.is_expected:
             return float("inf")
         return (trio.current_time() if absence.since is None else absence.since) + self.plan.options.grace
+
+    @property
+    def text(self) -> str:
+        """Its state as a sentence; of a mount that waits for its device also for how long."""
+        since, until = self.recovery.absence.since, self.waits_until()
+        if self.instance.state is not State.DETACHED or since is None or until == NEVER:
+            return super().text
+        now, options = trio.current_time(), self.plan.options
+        return unplugged.text_of(until - now, readable=since + options.max_stale - now, wait=options.on_unplug_wait)
 
     def patience(self) -> tuple[float, float]:
         """See Waiter."""

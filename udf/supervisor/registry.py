@@ -112,19 +112,26 @@ class Registry:
     # ---- mounting
 
     async def mount(
-        self, request: MountRequest, caller: Identity, *, on: BlockEndpoint | None = None, export: str = ""
+        self,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        on: BlockEndpoint | None = None,
+        export: str = "",
+        fresh: bool = False,
     ) -> Mount:
         """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind.
 
         `on`: the source is this export of it, whatever the request says, and the mount is a volume of it: it is away
-        and comes back with the device, and ends with the block endpoint at the latest.
+        and comes back with the device, and ends with the block endpoint at the latest. `fresh`: its mountpoint is a
+        directory that we have just made, and needs no look.
         """
         if self._closing:
             raise UserError("the supervisor is ending: start it again first")
         self.check_limit(caller)
         if on is not None:
             on.find(export)
-        plan = await self.plan(request, caller, on=on, export=export)
+        plan = await self.plan(request, caller, on=on, export=export, fresh=fresh)
         # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
         plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
         found = None if on is None else on.find(export)
@@ -266,7 +273,13 @@ class Registry:
             return None
 
     async def plan(
-        self, request: MountRequest, caller: Identity, *, on: BlockEndpoint | None = None, export: str = ""
+        self,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        on: BlockEndpoint | None = None,
+        export: str = "",
+        fresh: bool = False,
     ) -> MountPlan:
         """Check a request; its plan, which has no name yet. Nothing is taken or started."""
         _check_request(request)
@@ -286,9 +299,12 @@ class Registry:
             raise UserError(f"the driver {driver.name} does not read a block device, but a {driver.source_kind}")
         path = driver.check_source(request.source) if on is None else None
         run_as = rights.acts_as(caller)
-        checked = await paths.check(
-            request.mountpoint, path, driver.source_kind, nonempty=mount_options.nonempty, run_as=run_as
-        )
+        if fresh and on is not None:
+            checked = paths.Checked(request.mountpoint, None, None)
+        else:
+            checked = await paths.check(
+                request.mountpoint, path, driver.source_kind, nonempty=mount_options.nonempty, run_as=run_as
+            )
         if checked.cleaned:
             log.warning("%s: %s", request.mountpoint, checked.cleaned)
         owner = run_as or Identity.own()

@@ -21,6 +21,7 @@ from udf.supervisor import contents, rights
 from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.contents import NOTHING, Content
 from udf.supervisor.devices import Devices, NoDeviceError
+from udf.supervisor.instance import State
 from udf.supervisor.output import sentence
 from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import NotFoundError, Registry
@@ -125,6 +126,8 @@ class Sources:
     async def which(self, place: Place, partition: str | None, *, insists: bool) -> tuple[messages.Export, Content]:
         """The one export that is meant, with what is in it. `insists`: also if that is nothing that is known."""
         disk, name = place.endpoint, place.endpoint.plan.name
+        if disk.instance.state is State.DETACHED:
+            raise UserError(f"{name} was pulled out: plug it in again")
         exports = {export.name: export for export in disk.exports if export.size}
         if not exports:
             raise UserError(f"there is no medium in {name}: put one in")

@@ -107,17 +107,17 @@ class Tenant:
 
     @property
     def is_absent(self) -> bool:
-        """Whether its device is gone, and may be plugged in again: it can be offered one."""
+        """Whether its device is gone, and may be plugged in again."""
         return self._is_without and self.endpoint is not None and self.endpoint.may_return
 
     @property
     def is_waiting(self) -> bool:
         """Whether its device is away, and nothing more is done about it."""
-        return self._is_without and self.endpoint is not None and self.endpoint.is_waiting
+        return self._is_without and not self.is_returning and self.endpoint is not None and self.endpoint.is_waiting
 
     @property
     def _is_without(self) -> bool:
-        return self.is_running and self.lease.gone and not self.is_returning
+        return self.is_running and self.lease.gone
 
 
 @dataclass

@@ -12,7 +12,7 @@ with the device. One that takes a file is given the file in R/dev, and knows not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from udf.supervisor.automount import Automount
 
 Row = dict[str, Any]
+MOUNTING_WAIT = 5.0
 PARTITION = "partition"  # the option that says which one of several is meant
+_UNDER_WAY = (State.STARTING, State.DETACHED, State.RECOVERING)
 _SERVICES = ("nbd://", "nbd+unix://")
 
 log = logging.getLogger("udf.volumes")
@@ -54,6 +56,7 @@ class Volumes:
     def __init__(self, registry: Registry, devices: Devices | None = None) -> None:
         self.sources = Sources(registry, devices)
         self.automount: Automount | None = None
+        self.bell = Bell()  # rung after every event, and by automount.py
         self._registry = registry
         self._devices = devices
 
@@ -61,6 +64,7 @@ class Volumes:
         """Something happened."""
         if event.what == "exports":
             self.sources.exports_changed(event.name)
+        self.bell.ring()
 
     # ---- mounting
 
@@ -74,6 +78,8 @@ class Volumes:
             rights.check_driver(caller, request.driver)
             driver = await catalog.find(request.driver, trusted_only=not rights.is_trusted(caller))
             kind, is_named = driver.source_kind, source.partition("=")[0] in TAGS
+            if kind in ("directory", "device") and not source.startswith("/"):
+                raise UserError(f"the source {sentence(source[:200])} does not exist")
             if kind not in ("file", "block") or (kind == "block" and source.startswith(_SERVICES)):
                 return await self._registry.mount(request, caller)
             if kind == "file" and not is_named and "://" in source:
@@ -105,9 +111,16 @@ class Volumes:
         return await self.mount_on(place.endpoint, export, driver, _with(request, options=options), caller)
 
     async def mount_on(
-        self, disk: BlockEndpoint, export: messages.Export, driver: Driver, request: MountRequest, caller: Identity
+        self,
+        disk: BlockEndpoint,
+        export: messages.Export,
+        driver: Driver,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        fresh: bool = False,
     ) -> Mount:
-        """Mount an export by this driver, which the request names."""
+        """Mount an export by this driver, which the request names; `fresh`: on a directory that we have just made."""
         place = Place(disk, export.name)
         options = dict(request.options or {})
         if disk.plan.lease is not None and not options.keys().isdisjoint(("suid", "dev")):
@@ -119,7 +132,8 @@ class Volumes:
             source = f"{disk.plan.where}/{export.name}"
             return await self._registry.mount(_with(request, source=source, options=options), caller)
         options.setdefault("fsname", str(place))
-        return await self._registry.mount(_with(request, options=options), caller, on=disk, export=export.name)
+        request = _with(request, options=options)
+        return await self._registry.mount(request, caller, on=disk, export=export.name, fresh=fresh)
 
     async def _mount_image(self, image: Image, driver: Driver | None, request: MountRequest, caller: Identity) -> Mount:
         options = dict(request.options or {})
@@ -185,17 +199,6 @@ class Volumes:
             and (each.below is disk or (each.plan.source or "").startswith(inside))
         ]
 
-    async def returned(self, names: list[str], seconds: float) -> None:
-        """Wait until no volume of these devices waits for its device any more, but so long at most."""
-        bell = Bell()
-
-        def is_back() -> bool:
-            disks = [each for each in self.sources.disks(Identity.own()) if each.plan.name in names]
-            return all(mount.instance.state is not State.DETACHED for disk in disks for mount in self.users(disk))
-
-        with self._registry.events.subscribed(lambda _: bell.ring()):
-            await bell.within(seconds, is_back)
-
     # ---- unmounting
 
     async def unmount(self, text: str, caller: Identity, *, lazy: bool) -> list[str]:
@@ -224,9 +227,11 @@ class Volumes:
         """End a device in order, with all that is mounted of it, so that it may be pulled out. BusyError: it stays."""
         disk = await self._to_eject(text, mountpoint, caller)
         check_use(caller, disk)
-        users, name = self.users(disk), disk.plan.name
+        name, is_away = disk.plan.name, disk.instance.state is State.DETACHED
+        if not is_away:
+            await self.settled([name], MOUNTING_WAIT)  # what is being mounted can be unmounted then
+        users = self.users(disk)
         files = [each for each in disk.dependants if isinstance(each, Mount)]
-        is_away = disk.instance.state is State.DETACHED
         if not is_away:
             for where in await paths.busy([each.plan.where for each in (*users, *files)]):
                 raise BusyError(where, f"{where} is in use: close the files on it first")
@@ -274,6 +279,21 @@ class Volumes:
             ),
             None,
         )
+
+    async def settled(self, names: Collection[str], seconds: float) -> None:
+        """Wait until what is on these devices is mounted, or back, or will not be; not for ever."""
+
+        def is_quiet() -> bool:
+            disks = [each for each in self.sources.disks(Identity.own()) if each.plan.name in names]
+            return all(
+                (self.automount is None or self.automount.is_quiet(disk))
+                and not any(each.instance.state in _UNDER_WAY for each in self.users(disk))
+                for disk in disks
+            )
+
+        if self.automount is not None:
+            self.automount.poke()
+        await self.bell.within(seconds, is_quiet)
 
     # ---- what is told
 

@@ -100,7 +100,8 @@ async def _read(offset: int, size: int) -> bytes:
 class Scan:
     """Reads one unit's partition table: a coroutine that goes on with each answer of the driver."""
 
-    def __init__(self, unit: Unit, done: Callable[[Unit, Table], None]) -> None:
+    def __init__(self, unit: Unit, done: Callable[[Unit, Table | None], None]) -> None:
+        """*done* gets the table; None: the device went away, and what was known of it is all that is known."""
         self._unit = unit
         self._done = done
         self._steps = read_table(_read, unit.size, unit.block_size)
@@ -124,7 +125,7 @@ class Scan:
         else:
             self._ask(*wanted)
 
-    def _end(self, table: Table) -> None:
+    def _end(self, table: Table | None) -> None:
         self._over = True
         self._steps.close()
         self._done(self._unit, table)
@@ -148,7 +149,9 @@ class Scan:
     def _answered(self, request: Request, at: int, size: int) -> None:
         if self._over:
             return
-        if request.error or request.buffer is None:
+        if request.error == wire.ESHUTDOWN:
+            self._end(None)
+        elif request.error or request.buffer is None:
             self._go_on(None)
         else:
             self._go_on(bytes(request.buffer.view[at : min(at + size, request.length)]))

@@ -120,6 +120,14 @@ class Kept:
             del self._entries[index], self._starts[index]
             self._let_go(entry)
 
+    def remove_all(self, entries: set[Entry]) -> None:
+        """Some of them are safe."""
+        for entry in self._entries:
+            if entry in entries:
+                self._let_go(entry)
+        self._entries = [entry for entry in self._entries if entry not in entries]
+        self._starts = [entry.start for entry in self._entries]
+
     def clear(self) -> None:
         """Give all of it up."""
         self.covered(self.version)

@@ -5,9 +5,13 @@ which requests are suspected of killing drivers. Must never: decide whether or w
 supervisor does), or lose a request: what is parked leaves only by being asked again, answered, or given up with an
 error.
 
+When the device was away, nothing is written before verification.py has found that it is the same, and what is on it.
 All commands of a block device may be given twice. In order: (1) the writes that were acknowledged and that no FLUSH has
 covered, after any end of a generation: after a replug the device's own cache is lost, and after the driver's death
-alone it does no harm; (2) once all of these are answered, what was unanswered, by age; (3) what has come since.
+alone it does no harm (they are flushed every few MiB, so that drivers that die soon get done with them together);
+(2) once all of these are answered, what was unanswered, by age; (3) what has come since.
+
+Over 400 lines: the steps are short, and their order is what there is to read.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from udf.block.shim.verification import Verification
 if TYPE_CHECKING:
     from udf.block.shim.service import Service
 
+_REST = 4 << 20  # bytes that are written again before they are flushed
 _SUSPECT = 2  # deaths of the driver's own making at which a request was under way
 _CONTRACT = wire.SEND_FLUSH | wire.SEND_FUA | wire.SEND_TRIM | wire.SEND_WRITE_ZEROES | wire.SEND_FAST_ZERO
 _CONTRACT |= wire.SEND_CACHE
@@ -45,6 +50,8 @@ class Recovery:
         self._again: deque[tuple[Unit, Entry]] = deque()  # kept writes that are still to be written again
         self._again_under_way: dict[Request, tuple[Unit, Entry]] = {}
         self._again_bytes = 0
+        self._again_done: set[Entry] = set()  # of one unit: written again, and not flushed
+        self._again_done_bytes = 0
         self._again_gone = False
         self._killed: list[tuple[Unit, Entry]] = []  # being written again at the last death
         self._lost_at = 0.0
@@ -97,6 +104,7 @@ class Recovery:
         self._again.clear()
         self._again_under_way.clear()
         self._again_bytes = 0
+        self._done_again()
         self._suspects.clear()
         self._alone = None
         for unit in s.units:
@@ -164,6 +172,8 @@ class Recovery:
         self.number = number
         self._counted = counted
         self._told_overdue = False
+        for unit in self._s.units:
+            unit.away.clear()
         self._s.set_phase(Phase.GREETING)
 
     def opened(self, found: dict[str, DriverConnection]) -> list[DriverConnection]:
@@ -326,6 +336,10 @@ class Recovery:
         s = self._s
         while self._again:
             unit, entry = self._again[0]
+            if self._again_done_bytes >= _REST and unit.can_flush:
+                if not self._again_under_way:
+                    self._flush_again()
+                return
             if self._again_under_way and (entry.deaths >= _SUSPECT or self._again_bytes >= WINDOW):
                 return
             self._again.popleft()
@@ -359,8 +373,37 @@ class Recovery:
             self._give_up_kept(unit, entry)
         else:
             entry.deaths = 0
+            if self._again and self._again[0][0] is not unit:
+                self._done_again()
+            else:
+                self._again_done.add(entry)
+                self._again_done_bytes += request.length if request.buffer is not None else 0
         if not self._again_gone:
             self._write_again()
+
+    def _done_again(self) -> set[Entry]:
+        """What is written again since the last flush; it is not asked for twice."""
+        done, self._again_done, self._again_done_bytes = self._again_done, set(), 0
+        return done
+
+    def _flush_again(self) -> None:
+        """Flush what is written again so far, so that a driver that dies soon has got something done."""
+        unit, done = self._again[0][0], self._done_again()
+
+        def flushed(request: Request) -> None:
+            if request.error == wire.ESHUTDOWN:
+                self._again.clear()
+                self._again_gone = True
+                return
+            if not request.error:
+                unit.kept.remove_all(done)
+            self._write_again()
+
+        request = Request(unit, wire.CMD_FLUSH, 0, 0, 0, monotonic())
+        request.then = flushed
+        self._s.counters.flushes_own += 1
+        unit.send_own(request)
+        request.mark = 0  # it makes safe what was written again, and nothing else
 
     def _give_up_kept(self, unit: Unit, entry: Entry) -> None:
         """A write that was acknowledged is lost: the next FLUSH says so."""

@@ -56,6 +56,7 @@ class Service:
         self.phase = Phase.OPENING
         self.pumping = False  # the phase is SERVING
         self.stopping = False  # no client is read any more
+        self.readers: set[Unit] = set()  # of which metadata was read, and no checksums are made yet
         self.alarm = math.inf  # when a unit wants to look at something
         self.recovery = Recovery(self)
         self._scans: dict[Unit, Scan] = {}
@@ -150,6 +151,11 @@ class Service:
         """Whether the device is gone."""
         return self.phase is Phase.DETACHED
 
+    def digest(self) -> None:
+        """Make the checksums of the metadata that has been read."""
+        while self.readers:
+            self.readers.pop().watched.digest()
+
     # ---- time
 
     def wake_at(self, moment: float) -> None:
@@ -207,9 +213,12 @@ class Service:
         scan = self._scans[unit] = Scan(unit, self._scanned)
         scan.start()
 
-    def _scanned(self, unit: Unit, table: Table) -> None:
+    def _scanned(self, unit: Unit, table: Table | None) -> None:
         self._scans.pop(unit, None)
-        unit.table = table
+        if table is None:
+            unit.scan_again = True
+        else:
+            unit.table = table
         if not self._scans:
             self.publish()
 

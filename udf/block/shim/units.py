@@ -5,6 +5,8 @@ it takes and merging what is smaller, the writes that are kept until a FLUSH, an
 though nobody asks for it. Must never: answer a client itself
 (service.py does), or forget a request because of something that the driver says.
 Called by: service.py and recovery.py with requests, driver.py with what was settled.
+
+Over 400 lines: each way by which a request gets its answer is to be seen beside the others.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from udf.block.shim.driver import DriverConnection, Terms
 from udf.block.shim.kept import Kept
 from udf.block.shim.request import WITH_DATA, WRITING, Piece, Request
 from udf.block.shim.streams import Ended
-from udf.block.shim.watched import Watched
+from udf.block.shim.watched import Seen, Watched
 
 if TYPE_CHECKING:
     from udf.block.shim.service import Service
@@ -62,7 +64,7 @@ class Unit:
         self.connection: DriverConnection | None = None
         self.queue: deque[Request] = deque()
         self.kept = Kept(service.pool)
-        self.watched = Watched()
+        self.watched = Watched(service.pool)
         self.watched.pin(0, self.size)
         self.away = Away(self)
         self.under_way = 0  # bytes
@@ -80,7 +82,6 @@ class Unit:
         self.connection = connection
         self.maximum = connection.terms.maximum
         self._last_answer = monotonic()
-        self.away.clear()
 
     def drop_connection(self) -> None:
         """The driver is gone: nothing is under way."""
@@ -405,8 +406,9 @@ class Unit:
                 # Whether this is from before or after it is nobody's guess, and it may still fail.
                 self.watched.unsure(max(start, piece.at), min(end, piece.at + piece.length) - max(start, piece.at))
                 return
-        data = request.buffer.view[request.at : request.at + request.length]
-        self.watched.learn(start, data, request.mark, self.kept.within(start, end))
+        seen = Seen(start, request.length, request.buffer, request.at, request.mark, self.kept.within(start, end))
+        self.watched.learn_later(seen)
+        self.service.readers.add(self)
 
     def _wrote(self, request: Request) -> None:
         """A client's write is done, or has failed: what must be kept of it, and what is there now."""

@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from struct import Struct
+from typing import NamedTuple
+
+from udf.block.shim.buffers import Buffer, Pool
 
 SECTOR = 512
 MOST = 65_536  # sectors of a unit
@@ -23,10 +26,22 @@ HEAD = 4096  # bytes at the beginning of a unit or a partition
 _MOST_HEADS = 256
 _CHUNK = 7  # sectors of a chunk, as a power of two
 _MOST_CONTENTS = 16  # of one sector between two flushes; one that had more may hold anything until the next
+_MOST_LATER = 16
 _ZEROS = hash(bytes(SECTOR))
 _SECTORS = Struct(f"{SECTOR}s")
 
 Span = tuple[int, int, int]  # of bytes: start, end, and the newest write in it
+
+
+class Seen(NamedTuple):
+    """What a read has told."""
+
+    offset: int
+    length: int
+    buffer: Buffer
+    at: int  # where it begins in the buffer
+    mark: int  # that `expect` has given
+    unflushed: list[Span]  # what was written there and may still be undone, to what was before and nobody has seen
 
 
 def checksums(data: memoryview) -> list[int]:
@@ -37,14 +52,16 @@ def checksums(data: memoryview) -> list[int]:
 class Watched:
     """What is known of one unit's sectors."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._later: list[Seen] = []  # whose checksums are still to be made: before anything else is told or asked
         self._newest: dict[int, int | None] = {}  # sector -> its content; None: not seen yet. The oldest first
         self._chunks: dict[int, int] = {}  # chunk -> sectors of it that are watched
         # What a sector may hold besides, oldest first, each with the write that replaced it; None: anything.
         self._before: dict[int, list[tuple[int, int | None]]] = {}
         self._heads: dict[int, int] = {}  # byte offset -> bytes
         self._pinned: set[int] = set()  # their sectors, which are not forgotten
-        self.changes = 0  # grows when something other than a read tells what a sector holds
+        self.changes = 0  # grows when anything but a read changes what is known, or that something is
 
     def __len__(self) -> int:
         return len(self._newest)
@@ -64,6 +81,7 @@ class Watched:
 
     def unseen_heads(self) -> list[tuple[int, int]]:
         """Heads that must be read before they can be compared: offset and size."""
+        self.digest()
         newest = self._newest
         return [
             (offset, size)
@@ -73,28 +91,56 @@ class Watched:
 
     def expect(self, offset: int, length: int) -> int:
         """A read will tell what is there: from now on writes there count. Returns the mark to be given to `learn`."""
-        newest = self._newest
-        for sector in _whole(offset, length):
-            if sector in newest:
-                newest[sector] = newest.pop(sector)  # the youngest again
-            else:
-                self._add(sector, None)
+        newest, chunks = self._newest, self._chunks
+        whole = _whole(offset, length)
+        at = whole.start
+        while at < whole.stop:
+            chunk = at >> _CHUNK
+            end = min(whole.stop, (chunk + 1) << _CHUNK)
+            sectors: Iterable[int] = range(at, end)
+            at = end
+            if chunk in chunks:
+                if len(newest) > MOST // 2:  # before that nothing is about to be forgotten
+                    for sector in sectors:
+                        if sector in newest:
+                            newest[sector] = newest.pop(sector)  # the youngest again
+                sectors = [sector for sector in sectors if sector not in newest]
+            before = len(newest)
+            newest.update(dict.fromkeys(sectors))
+            if len(newest) > before:
+                chunks[chunk] = chunks.get(chunk, 0) + len(newest) - before
         self._forget_oldest()
         return self.changes
 
-    def learn(self, offset: int, data: memoryview, mark: int, unflushed: Iterable[Span] = ()) -> None:
-        """A read has told what is there, and nobody was writing there when it did.
+    def learn_later(self, seen: Seen) -> None:
+        """A read has told what is there, and nobody was writing there when it did. The buffer gets another reader."""
+        seen.buffer.refs += 1
+        self._later.append(seen)
+        if len(self._later) >= _MOST_LATER:
+            self.digest()
 
-        `unflushed`: what was written there and may still be undone, to what was there before and nobody has seen.
-        """
+    def digest(self) -> None:
+        """Make the checksums of what was read: while the driver works, not while a program waits for its data."""
+        if self._later:
+            later, self._later = self._later, []
+            for seen in later:
+                data = seen.buffer.view[seen.at : seen.at + seen.length]
+                self._learn(seen.offset, data, seen.mark, seen.unflushed)
+                self._pool.drop(seen.buffer)
+
+    def _learn(self, offset: int, data: memoryview, mark: int, unflushed: list[Span]) -> None:
         newest, before = self._newest, self._before
         sectors = _whole(offset, len(data))
         start = sectors.start * SECTOR - offset
+        contents = checksums(data[start : start + len(sectors) * SECTOR])
         calm = mark == self.changes
-        for sector, content in zip(sectors, checksums(data[start : start + len(sectors) * SECTOR]), strict=True):
-            # What was written is known better, and what was forgotten meanwhile was so for a reason.
-            if sector in newest and sector not in before and (calm or newest[sector] is None):
-                newest[sector] = content
+        if calm and len(sectors) <= MOST // 2 and before.keys().isdisjoint(sectors):
+            newest.update(zip(sectors, contents, strict=True))  # the usual case, and a fast one
+        else:
+            for sector, content in zip(sectors, contents, strict=True):
+                # What was written is known better, and what was forgotten meanwhile was so for a reason.
+                if sector in newest and sector not in before and (calm or newest[sector] is None):
+                    newest[sector] = content
         for first, last, version in unflushed:
             start, end = max(first, offset), min(last, offset + len(data))
             for sector in self._known(start, end - start):
@@ -109,6 +155,7 @@ class Watched:
 
         `version`: a flush up to it makes it safe; None: it is safe already. `flagged`: it is to be watched.
         """
+        self.digest()
         whole = _whole(offset, length)
         hits = [*self._known(offset, length)]
         if not hits and not flagged:
@@ -148,24 +195,28 @@ class Watched:
 
     def unsure(self, offset: int, length: int) -> None:
         """Nobody knows what is there: it is not compared until somebody has seen it again."""
+        self.digest()
         for sector in [*self._known(offset, length)]:
             self.changes += 1
             self._forget(sector)
 
     def doubt(self, offset: int, length: int, version: int) -> None:
         """What was written there is being written again, and may be there or not until a flush up to *version*."""
+        self.digest()
         for sector in self._known(offset, length):
             self._before[sector] = [(version, None)]
         self.changes += 1
 
     def doubt_unflushed(self) -> None:
         """What was written since the last flush may be lost, or not."""
+        self.digest()
         for sector in [*self._before]:
             self.changes += 1
             self._forget(sector)
 
     def flushed(self, version: int) -> None:
         """A flush has made everything safe up to this write: what was replaced by it cannot be there any more."""
+        self.digest()
         for sector, contents in [*self._before.items()]:
             left = [one for one in contents if one[0] > version]
             if left:
@@ -177,6 +228,7 @@ class Watched:
 
     def comparable(self) -> list[int]:
         """The sectors of which something can be said: heads first, then the newest first."""
+        self.digest()
         before = self._before
         sure = [
             sector
@@ -235,6 +287,7 @@ class Watched:
         over = len(self._newest) - MOST
         if over <= 0:
             return
+        self.changes += 1
         # Many at once: to find the first one of a table from which others were taken takes long.
         pinned = self._pinned
         oldest = islice((sector for sector in self._newest if sector not in pinned), over + MOST // 16)
