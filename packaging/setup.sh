@@ -48,6 +48,7 @@ TEST_PACKAGES=(
   'fio              : command -v fio'
   'usbip            : command -v usbip || test -x /usr/sbin/usbip'
   'erofs-utils      : command -v mkfs.erofs'
+  'fusefat          : command -v fusefat'  # make bench stick: another one that knows FAT
   'fdisk            : command -v sfdisk || test -x /sbin/sfdisk'
 )
 
