@@ -20,23 +20,29 @@ if TYPE_CHECKING:
 
 _FIRST = 256 * 1024  # bytes of the first piece; each further one is twice as long, up to
 LARGEST = 1024 * 1024
-_PIECES = 3  # of one file that are under way or untouched
-_SLACK = 256 * 1024  # the kernel asks for two pieces at once, and the later one may come first
+_PIECES = 2  # of one file that are under way or untouched
+_SLACK = 1024 * 1024  # the kernel asks for many pieces at once, and the later ones may come first
 TOTAL = 16 * 1024 * 1024  # of all files
+_SPARE = 4  # buffers that are kept for the next pieces: new memory costs as much as to fill it
 
-Fetch = Callable[[int, int], Awaitable[bytearray]]
-"""Reads offset and length of the file."""
+Fetch = Callable[[int, memoryview], Awaitable[None]]
+"""Reads what is at an offset of the file, and fills the buffer with it."""
+
+Later = Callable[[memoryview | None], None]
+"""Takes bytes, which are valid until anything is awaited; None: they have to be read anew."""
 
 
 class Piece:
     """A range of the file that was asked for ahead."""
 
-    __slots__ = ("begin", "data", "done", "end", "lost")
+    __slots__ = ("begin", "buffer", "data", "done", "end", "lost", "waiting")
 
     def __init__(self, begin: int, end: int) -> None:
         self.begin = begin
         self.end = end
-        self.data: bytearray | None = None
+        self.buffer: bytearray | None = None
+        self.data: memoryview | None = None  # of the buffer, when it has come
+        self.waiting: list[tuple[int, int, Later]] = []  # offsets in it, and who wants what is between them
         self.done: trio.Event | None = trio.Event()
         self.lost = False  # its bytes are not those of the file any more, or never came
 
@@ -63,7 +69,9 @@ class Ahead:
 
     def _forget(self, piece: Piece) -> None:
         piece.lost = True
-        piece.data = None
+        if piece.data is not None and piece.buffer is not None and len(self._volume.buffers) < _SPARE:
+            self._volume.buffers.append(piece.buffer)
+        piece.buffer = piece.data = None
         self._volume.read_ahead -= piece.end - piece.begin
 
     async def read(self, offset: int, size: int, length: int) -> bytes | bytearray:
@@ -71,6 +79,8 @@ class Ahead:
         self._length = length
         expected = self._next
         end = self._next = offset + size
+        if offset == expected:
+            self._reach(end)
         parts: list[bytes | bytearray] = []
         for piece in self._pieces:
             if piece.begin <= offset < piece.end:
@@ -80,7 +90,7 @@ class Ahead:
                 data = piece.data
                 if data is None:
                     break
-                part = data[offset - piece.begin : end - piece.begin]
+                part = bytes(data[offset - piece.begin : end - piece.begin])
                 parts.append(part)
                 offset += len(part)
                 if offset == end:
@@ -92,14 +102,44 @@ class Ahead:
         elif self._pieces and not self._pieces[0].begin - _SLACK <= offset <= self._pieces[-1].end:
             self.drop()
         if offset < end:
-            parts.append(await self._fetch(offset, end - offset))
+            rest = bytearray(end - offset)
+            await self._fetch(offset, memoryview(rest))
+            parts.append(rest)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_now(self, offset: int, size: int, length: int, later: Later) -> memoryview | bool:
+        """These bytes, if they lie in one piece; True: when it has come. False: they are to be read as ever."""
+        end = offset + size
+        if offset == self._next:
+            self._length = length
+            self._reach(end)
+        for piece in self._pieces:
+            if piece.begin <= offset < end <= piece.end:
+                break
+        else:
+            return False
+        self._length = length
+        self._next = end
+        begin, end = offset - piece.begin, end - piece.begin
+        if piece.data is None:
+            piece.waiting.append((begin, end, later))
+            self._go_on(offset)
+            return True
+        data = piece.data[begin:end]
+        self._go_on(offset + size)
+        return data
 
     def _start(self, offset: int) -> None:
         """Read on from here, a little at first."""
         self.drop()
         if offset < self._length:
             self._ask(offset)
+
+    def _reach(self, end: int) -> None:
+        """The program wants all up to here: the kernel asks for many pieces at once."""
+        pieces = self._pieces
+        while pieces and pieces[-1].end < end and self._ask(pieces[-1].end):
+            pass
 
     def _go_on(self, offset: int) -> None:
         """The program has come this far: let go what is behind it, and keep enough before it."""
@@ -128,9 +168,12 @@ class Ahead:
     async def _load(self, piece: Piece) -> None:
         try:
             if not piece.lost:
-                data = await self._fetch(piece.begin, piece.end - piece.begin)
+                buffers = self._volume.buffers
+                buffer = buffers.pop() if buffers else bytearray(LARGEST)
+                data = memoryview(buffer)[: piece.end - piece.begin]
+                await self._fetch(piece.begin, data)
                 if not piece.lost:
-                    piece.data = data
+                    piece.buffer, piece.data = buffer, data
         finally:
             done, piece.done = piece.done, None
             if piece.data is None and piece in self._pieces:
@@ -138,3 +181,6 @@ class Ahead:
                 self._forget(piece)
             if done is not None:
                 done.set()
+            for begin, end, later in piece.waiting:
+                later(None if piece.data is None else piece.data[begin:end])
+            piece.waiting = []

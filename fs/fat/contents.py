@@ -19,7 +19,7 @@ import trio
 
 from udf import still_working
 
-from .ahead import Ahead
+from .ahead import Ahead, Later
 from .chain import Chain
 from .change import Change, Run, no_space
 from .damage import Damaged
@@ -63,37 +63,46 @@ class Contents:
             return b""
         ahead = node.ahead
         if ahead is None:
-            ahead = node.ahead = Ahead(self._volume, lambda begin, count: self._fetch(node, begin, count))
+            ahead = node.ahead = Ahead(self._volume, lambda begin, target: self._fetch(node, begin, target))
         with node.users:
             return await ahead.read(offset, size, length)
 
-    async def _fetch(self, node: Node, offset: int, size: int) -> bytearray:
+    def read_now(self, node: Node, offset: int, size: int, later: Later) -> memoryview | bool:
+        """The same, if it was read ahead; valid until anything is awaited.
+
+        True: it is on its way, and `later` will be called with it, or with None if nothing comes of that. False: no.
+        """
+        if node.cutting or node.ahead is None:
+            return False
+        length = node.file_entry.size
+        return node.ahead.read_now(offset, min(size, length - offset), length, later)
+
+    async def _fetch(self, node: Node, offset: int, target: memoryview) -> None:
         """Read from the device, whatever is in memory."""
         with node.users:
             chain = self.chain(node)
-            places = await self._places(chain, offset, size)
+            places = await self._places(chain, offset, len(target))
             device = self._volume.device
             if len(places) == 1:
-                return await device.read(*places[0])
-            whole = bytearray(size)
+                await device.read_into(places[0][0], target)
+                return
             room = trio.CapacityLimiter(_AT_ONCE)
             failures: list[OSError] = []
 
-            async def get(begin: int, place: int, length: int) -> None:
+            async def get(place: int, part: memoryview) -> None:
                 async with room:
                     try:
-                        whole[begin : begin + length] = await device.read(place, length)
+                        await device.read_into(place, part)
                     except OSError as exc:
                         failures.append(exc)
 
             async with trio.open_nursery() as nursery:
                 at = 0
                 for place, length in places:
-                    nursery.start_soon(get, at, place, length)
+                    nursery.start_soon(get, place, target[at : at + length])
                     at += length
             if failures:
                 raise failures[0]
-            return whole
 
     async def _places(self, chain: Chain, offset: int, size: int) -> list[Run]:
         """Where on the device a range of a file is: offsets and lengths. Damaged when the chain is too short."""

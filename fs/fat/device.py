@@ -59,6 +59,15 @@ class Device:
         except (OSError, DeviceGone) as exc:
             raise self._failure(exc) from None
 
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        """The same into a buffer, which must not be used again if this fails."""
+        self._check(offset, len(target))
+        try:
+            for at in range(0, len(target), self.most):
+                await self._client.read_into(offset + at, target[at : at + self.most])
+        except (OSError, DeviceGone) as exc:
+            raise self._failure(exc) from None
+
     async def write(self, offset: int, data: Data, *, watch: bool = False) -> None:
         """Write all of them; they must not change any more."""
         self._check(offset, len(data))

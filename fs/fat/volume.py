@@ -62,6 +62,7 @@ class Volume:
         self.read_only = ""  # why nothing may be changed; empty: it may
         self.dirty = False  # as the volume itself says
         self.read_ahead = 0  # bytes of files that were read before anybody asked for them
+        self.buffers: list[bytearray] = []  # that were used for that, and are free
         self.before_order: Callable[[], Awaitable[None]] | None = None  # files are cut to what they need
         self.in_use: set[int] = set()  # first clusters of ownerless chains of files that are still open
         self._keep_dirty = False
@@ -304,6 +305,11 @@ class Volume:
         else:
             await self.table.release(change, runs)
 
+    async def free_orphans(self) -> None:
+        """Free the chains that nobody owns any more; not within a change."""
+        for first in [first for first in self.intents.orphans if first not in self.in_use]:
+            await self._free_orphan(first)
+
     async def _free_orphan(self, first: int) -> None:
         """Free a chain that nobody owns, in pieces."""
         while first:
@@ -345,8 +351,7 @@ class Volume:
         if not self.read_only and not self.device.gone:
             if self.before_order is not None:
                 await self.before_order()
-            for first in [first for first in self.intents.orphans if first not in self.in_use]:
-                await self._free_orphan(first)
+            await self.free_orphans()
         await self.flush()
         if not self._untidy or not self.dirty or self.read_only or self.device.gone:
             return

@@ -57,7 +57,7 @@ async def test_a_stick_that_is_replugged_goes_on_under_its_names(desk: Desk) -> 
     await desk.pull(plugged)
     await desk.is_away(volume)
     assert not list(desk.devices.by_id.iterdir())
-    assert desk.devices.rows() == []
+    assert [row["state"] for row in desk.devices.rows()] == ["away"]
     await desk.put_back(plugged)
     await desk.goes_on(volume)
     disk = await desk.disk()

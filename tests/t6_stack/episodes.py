@@ -68,8 +68,8 @@ class Work:
                 os.mkdir(self.where / path)
 
     def data(self) -> bytes:
-        """Something to write."""
-        return self.rng.randbytes(self.rng.randrange(1 << self.rng.randrange(1, 17)))
+        """Something to write; a close flushes only what was written to."""
+        return self.rng.randbytes(self.rng.randrange(1, 1 << self.rng.randrange(1, 17)))
 
     def write(self) -> None:
         """A new file; a close promises as much as an fsync."""
@@ -282,7 +282,8 @@ class Week:
     # ---- parts of that
 
     def _plugged(self, stick: Stick, worker: type[Work]) -> Work:
-        row = self.desk.plug(stick)
+        # Of what its cache had not flushed, a pulled stick has lost all, or some.
+        row = self.desk.plug(stick, keep=self.rng.choice(["0", "0.5"]), seed=str(self.rng.randrange(1000)))
         assert row["state"] == "bound", row
         self._row = row["instances"][0]
         places = [each["mountpoint"] for each in self._row["volumes"] if each["mountpoint"]]

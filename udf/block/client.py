@@ -196,10 +196,14 @@ class BlockClient:
     async def read(self, offset: int, size: int, *, watch: bool = False) -> bytearray:
         """Exactly `size` bytes, at most `maximum`. `watch`: it is metadata."""
         data = bytearray(size)
-        if size:
-            flags = wire.FLAG_WATCH if watch and self.watching else 0
-            await self._ask(wire.CMD_READ, flags, offset, size, target=memoryview(data))
+        await self.read_into(offset, memoryview(data), watch=watch)
         return data
+
+    async def read_into(self, offset: int, target: memoryview, *, watch: bool = False) -> None:
+        """The same into a buffer, which is the client's for ever if this is cancelled."""
+        if target:
+            flags = wire.FLAG_WATCH if watch and self.watching else 0
+            await self._ask(wire.CMD_READ, flags, offset, len(target), target=target)
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False, watch: bool = False) -> None:
         """Write at most `maximum` bytes, which must not change any more.
@@ -397,8 +401,10 @@ class BlockClient:
             request.error = request.error or _exception(*wire.unpack_error(payload))
         elif kind == wire.CHUNK_OFFSET_HOLE and len(payload) == wire.OFFSET_HOLE.size and request.target is not None:
             offset, size = wire.OFFSET_HOLE.unpack(payload)
-            self._room(request, offset - request.offset, size)
-            request.filled += size  # the target was made of zeros
+            begin = offset - request.offset
+            self._room(request, begin, size)
+            request.target[begin : begin + size] = bytes(size)
+            request.filled += size
         elif kind != wire.CHUNK_NONE or payload:
             raise wire.WireError(f"a reply of kind {kind} with {len(payload)} bytes makes no sense here")
 

@@ -25,6 +25,7 @@ from udf.driver.fs import REQUIRED_VERBS, FsDriver, verbs_of
 from udf.driver.paths import PathOperations
 from udf.errors import ContractError, UserError
 from udf.host import faces, libfuse_log
+from udf.host.at_once import AtOnce
 from udf.host.guard import Guard
 from udf.host.load import instantiate, load_class
 from udf.host.progress import serve_on
@@ -50,8 +51,9 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
             raise UserError("the driver host was told something else than to start")
         cls = _load_class(start)
         face = faces.face_of(start.driver)
+        pump = Pump()
         if face == "files":
-            Pump().install()
+            pump.install()
         os.read(told, 1)
         os.close(told)
         if link is None:
@@ -71,6 +73,9 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
     life = _Life(supervisor, driver, start)
     if operations is None:
         return life.run(faces.server(driver, face, link, supervisor.report_fault))
+    read_now = getattr(operations, "read_now", None)
+    if read_now is not None:
+        pump.at_once = AtOnce(link, read_now)
     try:
         # An existing descriptor as mountpoint: libfuse mounts nothing and takes no mount options.
         serve_on(link)
@@ -84,6 +89,9 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
         # pyfuse3 says so when the shim has closed its end, which is how a mount ends; else it is the driver's death.
         if not _is_closed(link):
             raise
+    finally:
+        if pump.at_once is not None:
+            pump.at_once.close()
     return 0
 
 

@@ -173,9 +173,7 @@ class Mount(Endpoint):
         if self.instance.state is not State.DETACHED or since is None or until == NEVER:
             return super().text
         now, options = trio.current_time(), self.plan.options
-        return unplugged.text_of(
-            until - now, readable=since + options.max_stale - now, wait=options.on_unplug_wait, cause=super().text
-        )
+        return unplugged.text_of(until - now, readable=since + options.max_stale - now, wait=options.on_unplug_wait)
 
     def patience(self) -> tuple[float, float]:
         """See Waiter."""
