@@ -52,10 +52,10 @@
 """fat: FAT12, FAT16 and FAT32 volumes with long names, on a block service.
 
 The files, from the kernel inwards: operations (names), handles and attributes (the other requests), renames, contents,
-reserve and ahead (what is in files), nodes (what a file is while it is used); directory, index, dots, entries, names, times (directories and the format of
-what is in them); stream and chain (where on the volume a byte is); table and free (the file allocation table);
-change, sectors and intents (how metadata gets to the device, whole or not at all); volume (all of it, and its state of
-order); boot and damage; device (the block service), turns (who is next).
+reserve and ahead (what is in files), nodes (what a file is while it is used); directory, index, dots, entries, names,
+times (directories and the format of what is in them); stream and chain (where on the volume a byte is); table and
+free (the file allocation table); change, sectors and intents (how metadata gets to the device, whole or not at
+all); volume (all of it, and its state of order); boot and damage; device (the block service), turns (who is next).
 
 A change of metadata is recorded in the state store, then written in an order that may be cut anywhere. So a killed
 driver's successor completes it, and of a stick that is pulled out fsck.fat loses nothing that was durable.
