@@ -29,7 +29,7 @@ FILM = 24 * MIB
 CHUNK = 128 * KIB
 SLOW = "ms=2"  # each transfer of the stick takes so long, as of a real one
 SOON = 5.0  # seconds, within which whoever waits for a stick that is pulled out is told, on a slow machine too
-CALM = 0.5  # seconds after the last write, when the stick is flushed and marked as clean
+CALM = 1.0  # seconds after the last write, when the stick is flushed and marked as clean
 LETTER = "Dear all,\nthe film of the lake is on this stick.\n"
 OTHER = "Read this one only when the stick is back.\n"
 

@@ -33,7 +33,7 @@ STAGES = (
     "→ first byte of a file read",
 )
 _DISK, _FAT = "usb_storage", "fat"
-_COLD_SHARE, _WARM_SHARE, _READABLE = 0.6, 0.9, 300.0
+_COLD_SHARE, _WARM_SHARE, _READABLE = 0.6, 0.8, 300.0
 _WAIT = 30.0
 
 
