@@ -1,5 +1,5 @@
 # What a newcomer, a developer and a machine call. Each target sets up by itself what it lacks.
-.PHONY: setup setup-test demo test lint bench clean
+.PHONY: setup setup-test demo demo-parts test lint bench clean
 .NOTPARALLEL:
 
 PYTHON := .venv/bin/python
@@ -10,8 +10,11 @@ setup:  ## leaves .venv/bin/udf
 setup-test:
 	@packaging/setup.sh test
 
-demo: setup  ## mounts, uses, shows, unmounts
+demo: setup  ## a stick: plugged in, robbed of its drivers, pulled out in the middle of a copy, put back
 	@$(PYTHON) packaging/demo.py
+
+demo-parts: setup  ## three filesystems and three devices, each by itself
+	@$(PYTHON) packaging/demo_parts.py
 
 lint: setup
 	@$(PYTHON) -m ruff check .

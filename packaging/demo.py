@@ -1,321 +1,338 @@
-"""`make demo`: filesystems, and then devices, in a minute; checked while they are shown.
+"""`make demo`: a stick is plugged in, used, robbed of its drivers, pulled out in the middle of a copy, and put back.
 
-Owns: one temporary directory with a daemon of its own, so that it neither needs nor disturbs an installed one.
-Everything goes through the command line that a user has. Ends with an error if anything is not as it should be, and
-leaves nothing behind however it ends.
+Owns: the stick's image, which mkfs.fat makes and mtools fill and read, so that others than UDF say what is on it; the
+program that copies. Checked while it is shown; leaves nothing behind however it ends (demo_stage.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import json
 import os
-import select
+import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import demo_devices
+from demo_stage import PATIENCE, DemoError, Stage, check, checksum, quoted, show
 
-SOURCE = Path("/usr/share/doc")
-MOST_FILES = 500
-MOST_BYTES = 4 << 20
-MOST_PASSES = 5
-PATIENCE = 30.0
-UDF = [sys.executable, "-m", "udf"]
-
-
-class DemoError(Exception):
-    """Something is not as it should be."""
-
-
-def main() -> int:
-    """Run the demo in a scratch directory; 0 if all was as it should be."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    scratch = Path(tempfile.mkdtemp(prefix="udf-demo-"))
-    try:
-        with Stage(scratch, bold, plain) as stage:
-            run(stage)
-            demo_devices.run(stage)
-        check(not list(scratch.iterdir()), f"something is left in {scratch}")
-    except (DemoError, demo_devices.DeviceDemoError) as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader went away; Python would complain again when it flushes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted, cleaned up", file=sys.stderr)
-        return 130
-    finally:
-        _remove(scratch)
-    print(f"\n{bold}All checks passed, everything is unmounted, no process is left.{plain}")
-    return 0
+KIB, MIB = 1 << 10, 1 << 20
+LABEL, SERIAL = "HOLIDAY", "DEMO0001"
+FILM = 24 * MIB
+CHUNK = 128 * KIB
+SLOW = "ms=2"  # each transfer of the stick takes so long, as of a real one
+SOON = 5.0  # seconds, within which whoever waits for a stick that is pulled out is told, on a slow machine too
+CALM = 1.0  # seconds after the last write, when the stick is flushed and marked as clean
+LETTER = "Dear all,\nthe film of the lake is on this stick.\n"
+OTHER = "Read this one only when the stick is back.\n"
 
 
-class Stage:
-    """The daemon of the demo and the mounts on it."""
+def run(stage: Stage) -> None:
+    """The life of a stick."""
+    stick = Stick(stage)
+    stick.make()
+    plug_in(stick)
+    work(stick)
+    kill_both(stick)
+    with Copy(stick.film, stick.at / "copy of the film.bin") as copy:
+        pull_out(stick, copy)
+        put_back(stick, copy)
+    pull_unannounced(stick)
+    eject(stick)
 
-    def __init__(self, scratch: Path, bold: str, plain: str) -> None:
-        self.scratch = scratch
-        self.socket = scratch / "udf.sock"
-        self.log = scratch / "daemon.log"
-        self.bold, self.plain = bold, plain
-        self.mounted: list[Path] = []
-        self.daemon: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Stage:
-        """Start the daemon and wait until it says that it is ready."""
-        try:
-            self._start_daemon()
-        except BaseException:
-            self.close()
-            raise
+class Stick:
+    """The emulated stick, and the directory on which it is mounted."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.image = stage.scratch / "stick.img"
+        self.film = stage.scratch / "film.bin"
+        self.at = stage.scratch / "media" / LABEL
+        self.sum = ""
+
+    def make(self) -> None:
+        self.stage.title("A stick with a film and two letters on it")
+        with self.image.open("wb") as file:
+            file.truncate(320 * MIB)
+        self.film.write_bytes(random.Random(5).randbytes(FILM))
+        self.sum = checksum(self.film)
+        self.tool("mkfs.fat", "-F", "32", "-s", "8", "-n", LABEL, str(self.image), words="mkfs.fat")
+        for name, text in (("letter.txt", LETTER), ("other letter.txt", OTHER)):
+            path = self.stage.scratch / name
+            path.write_text(text)
+            self.tool("mcopy", "-i", str(self.image), str(path), "::")
+            path.unlink()
+        self.tool("mcopy", "-i", str(self.image), str(self.film), "::")
+
+    def tool(self, *command: str, words: str = "") -> bytes:
+        """Run a program of dosfstools or mtools on the image, shown as a user would type it. Its output."""
+        print("$ " + " ".join(map(quoted, command)), flush=True)
+        path = shutil.which(command[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        check(path is not None, f"{command[0]} is not installed: `make setup` does that")
+        done = subprocess.run([path or "", *command[1:]], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if words and done.returncode == 0:
+            print(done.stdout.decode(errors="replace").splitlines()[0], flush=True)
+        told = (done.stdout + done.stderr).decode(errors="replace")
+        check(done.returncode == 0, f"{command[0]} ended with {done.returncode}: {told.strip()}")
+        return done.stdout
+
+    def plug(self) -> None:
+        slow = [word for ep in ("0x81", "2") for word in ("--faults", f"delay ep={ep} {SLOW}")]
+        self.stage.udf("plug", str(self.image), "--serial", SERIAL, *slow, show=True)
+        check(os.path.ismount(self.at), f"{self.at} is no mountpoint")
+
+    def unplug(self) -> None:
+        self.stage.udf("unplug", self.image.stem, show=True)
+
+    def row(self, driver: str) -> dict[str, Any]:
+        """The row of `udf status --json` of what is served by a driver."""
+        rows = json.loads(self.stage.udf("status", "--json"))["mounts"]
+        for row in rows:
+            if row["driver"] == driver:
+                return dict(row)
+        raise DemoError(f"udf status shows nothing that is served by {driver}")
+
+    def states(self) -> str:
+        """What `udf status` says of the device and of the volume on it."""
+        states = {driver: self.row(driver)["state"] for driver in ("usb_storage", "fat")}
+        check(len(set(states.values())) == 1, f"not the same state: {states}")
+        return str(states["fat"])
+
+    def fsck(self) -> None:
+        """What a volume must be when nothing was left half done: clean, in the eyes of dosfstools."""
+        print(self.tool("fsck.fat", "-n", str(self.image)).decode(errors="replace").splitlines()[-1], flush=True)
+
+    def check_by_mtools(self, name: str) -> None:
+        path = self.stage.scratch / "seen.bin"
+        self.tool("mcopy", "-i", str(self.image), f"::{name}", str(path))
+        check(checksum(path) == self.sum, f"mtools read other bytes from {name!r} than were written")
+        path.unlink()
+
+
+class Copy(threading.Thread):
+    """A program that copies a film to the stick. Told of an error it stops, and keeps its file open."""
+
+    def __init__(self, source: Path, target: Path) -> None:
+        super().__init__(daemon=True)
+        self._source = source
+        self._stopped = threading.Event()
+        self._file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self.target = target
+        self.done = 0
+        self.error: OSError | None = None
+        self.waited = 0.0  # seconds, for the error
+
+    def __enter__(self) -> Copy:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_daemon(self) -> None:
-        notify = self.scratch / "notify"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, self.log.open("wb") as log:
-            ready.bind(str(notify))
-            ready.settimeout(PATIENCE)
-            environment = {**os.environ, "NOTIFY_SOCKET": str(notify)}
-            self.daemon = subprocess.Popen(
-                [*UDF, "daemon", "--socket", str(self.socket)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops the daemon in order
-            )
-            try:
-                while b"READY=1" not in ready.recv(4096):
-                    pass
-            except TimeoutError:
-                raise DemoError(f"the daemon did not get ready:\n{self.log.read_text(errors='replace')}") from None
-            finally:
-                notify.unlink()
-
-    def title(self, text: str) -> None:
-        print(f"\n{self.bold}== {text}{self.plain}", flush=True)
-
-    def udf(self, *arguments: str, show: bool = False) -> str:
-        """Run one command on the demo's daemon, shown as a user would type it."""
-        if show:
-            print("$ udf " + " ".join(arguments), flush=True)
-        command = [*UDF, *arguments, "--socket", str(self.socket)]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
-        )
-        if done.returncode != 0:
-            raise DemoError(f"udf {' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()}")
-        if show and done.stdout.strip():
-            print(done.stdout.rstrip(), flush=True)
-        return done.stdout
-
-    def mount(self, name: str, *arguments: str) -> Path:
-        mountpoint = self.scratch / name
-        mountpoint.mkdir()
-        self.mounted.append(mountpoint)
-        self.udf("mount", *arguments, str(mountpoint), show=True)
-        check(mounts_below(mountpoint) == [str(mountpoint)], f"{mountpoint} is not mounted")
-        return mountpoint
-
-    def unmount_all(self) -> None:
-        while self.mounted:
-            mountpoint = self.mounted[-1]
-            self.udf("umount", str(mountpoint), show=True)
-            self.mounted.pop()
-            check(not mounts_below(mountpoint), f"{mountpoint} is still mounted")
-            mountpoint.rmdir()
-
-    def status(self, mountpoint: Path) -> dict[str, Any]:
-        """The row of one mount in `udf status --json`."""
-        rows = json.loads(self.udf("status", "--json"))["mounts"]
-        for row in rows:
-            if row["mountpoint"] == str(mountpoint):
-                return dict(row)
-        raise DemoError(f"udf status does not know {mountpoint}")
-
-    def round_trips(self, mountpoint: Path) -> int:
-        return int(self.status(mountpoint)["counters"]["driver_round_trips"])
-
     def close(self) -> None:
-        """Stop the daemon, which unmounts what it serves; whatever is left then is taken away by force."""
-        if self.daemon is not None:
-            self.daemon.terminate()
-            try:
-                status = self.daemon.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.daemon.pid, signal.SIGKILL)
-                status = self.daemon.wait()
-            self.daemon = None
-            if sys.exc_info()[0] is None:
-                check(status == 0, f"the daemon ended with {status}:\n{self.log.read_text(errors='replace')}")
-        self.log.unlink(missing_ok=True)
+        """Close its file, whatever has become of that."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(PATIENCE)
+        file, self._file = self._file, -1
+        if file >= 0:
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+    def run(self) -> None:
+        """From where the last write ended to the end, which is on the stick then."""
+        self.error = None
+        began = 0.0
+        try:
+            with self._source.open("rb") as source:
+                source.seek(self.done)
+                while (data := source.read(CHUNK)) and not self._stopped.is_set():
+                    began = time.monotonic()
+                    self.done += os.write(self._file, data)
+            os.fsync(self._file)
+        except OSError as error:
+            self.error, self.waited = error, time.monotonic() - began
+
+    def go_on(self) -> None:
+        """Do it to its end, in the same open file."""
+        self.run()
+        check(self.error is None, f"the copy cannot go on: {self.error}")
 
 
-def run(stage: Stage) -> None:
-    """The demo itself."""
-    stage.title("A real directory tree, mirrored by a driver that is an ordinary process")
-    doc = stage.mount("doc", "-t", "passthrough", "-o", "ro,timeout=60", str(SOURCE))
-    show_checksums(stage, doc)
+def plug_in(stick: Stick) -> None:
+    stick.stage.title("Plug it in")
+    stick.plug()
+    stick.stage.udf("devices", show=True)
+    names = sorted(path.name for path in stick.at.iterdir())
+    print(f"$ ls '{stick.at}'\n" + "\n".join(names), flush=True)
+    check(names == ["film.bin", "letter.txt", "other letter.txt"], f"the stick shows {names}")
+    say(
+        "The daemon saw a device that says of itself that it is mass storage, gave it to the driver for that (a",
+        "process of its own), found a FAT volume on what that serves, and started a second driver for it; the volume",
+        "is mounted by its label. No kernel driver was involved, neither for USB nor for FAT.",
+    )
 
-    stage.title("The smallest filesystem: fs/hello.py")
-    hello = stage.mount("hello", "-t", "hello")
-    for path in sorted(hello.iterdir()):
-        content = path.read_text()
-        print(f"$ cat {path}\n{content.rstrip()}")
-        check(content.strip() != "", f"{path} is empty")
 
-    stage.title("A filesystem in memory, with everything that POSIX asks for")
-    show_memory(stage.mount("mem", "-t", "memfs"))
+def work(stick: Stick) -> None:
+    stick.stage.title("Read it, and write to it")
+    text = (stick.at / "letter.txt").read_text()
+    print(f"$ cat '{stick.at}/letter.txt'\n{text.rstrip()}", flush=True)
+    check(text == LETTER, "the letter has other words than were written")
+    answer = stick.at / "Answers" / "An answer with a long name.txt"
+    answer.parent.mkdir()
+    answer.write_text("Thank you!\n")
+    print(f"$ mkdir '{answer.parent}'; echo 'Thank you!' > '{answer}'", flush=True)
+    print(f"$ cat '{answer}'\n{answer.read_text().rstrip()}", flush=True)
+    check(answer.read_text() == "Thank you!\n", "the answer has other words than were written")
 
-    stage.title("What the supervisor knows")
+
+def kill_both(stick: Stick) -> None:
+    stick.stage.title("Kill both of its drivers, while a program reads the film")
+    film = stick.at / "film.bin"
+    pids = {driver: stick.row(driver)["driver_pid"] for driver in ("usb_storage", "fat")}
+    began = time.monotonic()
+    with subprocess.Popen(
+        ["sha256sum", str(film)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        print(f"$ sha256sum '{film}' &", flush=True)
+        for number, (driver, pid) in enumerate(pids.items()):
+            wait_until(lambda: has_read(reader.pid, (number + 1) * FILM // 4))  # noqa: B023 - awaited
+            check(reader.poll() is None, f"the film was read before {driver} could be killed")
+            os.kill(pid, signal.SIGKILL)
+            print(f"$ kill -9 {pid}    # {driver}", flush=True)
+        told = reader.communicate()[0]
+    seconds = time.monotonic() - began
+    check(reader.returncode == 0, f"sha256sum ended with {reader.returncode}")
+    print(told.rstrip(), flush=True)
+    check(told.split()[0] == stick.sum, "the checksum of the film is wrong")
+    generations = {driver: stick.row(driver)["generation"] for driver in ("usb_storage", "fat")}
+    check(set(generations.values()) == {2}, f"the drivers were not replaced once: {generations}")
+    say(
+        "Both were replaced at once: the second generation of each goes on where the first one was killed. The program",
+        f"that read noticed a pause; its checksum is that of the film ({seconds:.1f} s).",
+    )
+
+
+def pull_out(stick: Stick, copy: Copy) -> None:
+    stage = stick.stage
+    stage.title("Pull it out in the middle of a copy")
+    print(f"$ cp film.bin '{copy.target}' &", flush=True)
+    copy.start()
+    wait_until(lambda: copy.done > FILM // 4 or not copy.is_alive())
+    stick.unplug()
+    copy.join(PATIENCE)
+    check(not copy.is_alive(), "the program that copies hangs")
+    check(copy.error is not None, "the program that copies was told nothing")
+    check(word(copy.error) == "ENODEV", f"the program that copies was told {word(copy.error)}, not ENODEV")
+    check(copy.waited < SOON, f"the program that copies was told after {copy.waited:.1f} s only")
+    told = f"{os.strerror(errno.ENODEV)} (ENODEV), {copy.waited * 1000:.0f} ms after it began to write"
+    print(f"cp: {told} the piece at {copy.done // KIB} KiB of {FILM // KIB}", flush=True)
     stage.udf("status", show=True)
+    check(stick.states() == "DETACHED", f"the stick is {stick.states()}")
+    text = (stick.at / "letter.txt").read_text()
+    check(text == LETTER, "the letter has other words while the stick is away")
+    print(f"$ cat '{stick.at}/letter.txt'\n{text.rstrip()}", flush=True)
+    try:
+        (stick.at / "other letter.txt").read_text()
+        told = "nothing"
+    except OSError as error:
+        told = word(error)
+    check(told == "ENODEV", f"whoever reads what was never read is told {told}, not ENODEV")
+    print(f"$ cat '{stick.at}/other letter.txt'\ncat: {os.strerror(errno.ENODEV)}", flush=True)
+    say(
+        "The write that was under way failed in that very call, with ENODEV: no program was told that something is on",
+        "the stick that is not. What had been read already is still there to be read, for a while; all else is told",
+        "ENODEV at once. The mount waits for this stick, and no driver runs: the program still has its file open.",
+    )
 
-    stage.title("Every request of a few commands, live")
-    show_trace(stage, doc)
 
-    stage.title("Unmount")
-    stage.unmount_all()
+def put_back(stick: Stick, copy: Copy) -> None:
+    stage = stick.stage
+    stage.title("Put it back: the copy goes on")
+    before = copy.done
+    stick.plug()
+    check(stick.states() == "ACTIVE", f"the stick is {stick.states()}")
+    copy.go_on()
+    copy.close()
+    print(f"cp goes on at {before // KIB} KiB, and ends", flush=True)
+    got = checksum(copy.target)
+    print(f"$ sha256sum '{copy.target}'\n{got}", flush=True)
+    check(got == stick.sum, "the copy differs from the film")
+    text = (stick.at / "other letter.txt").read_text()
+    print(f"$ cat '{stick.at}/other letter.txt'\n{text.rstrip()}", flush=True)
+    check(text == OTHER, "the other letter has other words than were written")
+    say(
+        "It was the same stick by its serial number, and the same volume: what had been read or written of its meta-",
+        "data was compared first, and only then the writes that it may have lost in its own cache were written again.",
+        "New drivers took over, and the program went on with the file that it had open.",
+    )
+
+
+def pull_unannounced(stick: Stick) -> None:
+    stick.stage.title(f"Pull it out {CALM} s later, without ceremony, and look at it with other programs")
+    time.sleep(CALM)
+    stick.unplug()
+    stick.fsck()
+    for name in ("film.bin", "copy of the film.bin"):
+        stick.check_by_mtools(name)
+    say(
+        "Nobody said that it would be pulled out. The stick had been flushed and marked as clean by itself, a moment",
+        "after the last write: fsck.fat finds nothing to repair, and mtools read the same film twice.",
+    )
+
+
+def eject(stick: Stick) -> None:
+    stage = stick.stage
+    stage.title("Put it back once more, and take it out in order")
+    stick.plug()
+    (stick.at / "film.bin").unlink()
+    print(f"$ rm '{stick.at}/film.bin'", flush=True)
+    stage.udf("eject", LABEL, show=True)
+    check(not stick.at.exists(), f"{stick.at} is left")
+    stick.unplug()
+    stick.fsck()
+    stick.check_by_mtools("copy of the film.bin")
     rows = json.loads(stage.udf("status", "--json"))["mounts"]
     check(rows == [], f"udf status still lists {rows}")
+    rows = json.loads(stage.udf("devices", "--json"))["devices"]
+    check(rows == [], f"udf devices still lists {rows}")
+    stick.image.unlink()
+    stick.film.unlink()
+    say(
+        "`udf eject` had the volume and the stick write out everything, and took the mount and its directory away.",
+        "Nothing is left of the drivers.",
+    )
 
 
-def show_checksums(stage: Stage, doc: Path) -> None:
-    names = sorted(p.name for p in SOURCE.iterdir())
-    check(sorted(p.name for p in doc.iterdir()) == names, f"{doc} lists other names than {SOURCE}")
-    print(f"$ ls {doc} | head -3\n" + "\n".join(names[:3]) + f"\n… {len(names)} names, the same as in {SOURCE}")
-    files = list(regular_files(SOURCE))
-    check(bool(files), f"{SOURCE} has no files on this machine")
-    want = [checksum(SOURCE / name) for name in files]
-    print(f"sha256 of {len(files)} files, compared with {SOURCE}:")
-    trips: list[int] = []
-    # Two passes, unless somebody has the kernel drop its caches meanwhile.
-    while len(trips) < MOST_PASSES and (len(trips) < 2 or trips[-1] > trips[0] / 2):
-        before, start = stage.round_trips(doc), time.perf_counter()
-        got = [checksum(doc / name) for name in files]
-        seconds = time.perf_counter() - start
-        trips.append(stage.round_trips(doc) - before)
-        wrong = [str(name) for name, a, b in zip(files, want, got, strict=True) if a != b]
-        check(not wrong, f"{len(wrong)} files differ from {SOURCE}, the first is {wrong[:1]}")
-        print(f"  pass {len(trips)}: all equal, {seconds * 1000:7.0f} ms, {trips[-1]:6} round trips to the driver")
-    check(trips[0] > 0, "no request reached the driver, so nothing was proved")
-    check(trips[-1] <= trips[0] / 2, "no pass was answered from the caches")
-    check(int(stage.status(doc)["counters"]["cache_hits"]) > 0, "the shim answered nothing from its caches")
+def say(*lines: str) -> None:
+    print("\n" + "\n".join(lines), flush=True)
 
 
-def show_memory(mem: Path) -> None:
-    note = mem / "notes" / "today"
-    note.parent.mkdir()
-    note.write_text("written to memory\n")
-    os.link(note, mem / "again")
-    os.symlink("notes/today", mem / "shortcut")
-    note.rename(mem / "notes" / "yesterday")
-    with (mem / "notes" / "yesterday").open("r+") as file:
-        (mem / "notes" / "yesterday").unlink()
-        file.seek(0, os.SEEK_END)
-        file.write("still open after its name went\n")
-    text = (mem / "again").read_text()
-    listing = subprocess.run(["ls", "-l", str(mem)], capture_output=True, text=True, check=True).stdout.rstrip()
-    print(f"$ ls -l {mem}\n{listing}\n$ cat {mem}/again\n{text.rstrip()}")
-    check(text == "written to memory\nstill open after its name went\n", "the file has other bytes than were written")
-    check((mem / "again").stat().st_nlink == 1, "the link count is wrong")
+def word(error: OSError | None) -> str:
+    return "nothing" if error is None else errno.errorcode.get(error.errno or 0, str(error))
 
 
-def show_trace(stage: Stage, doc: Path) -> None:
-    command = [*UDF, "trace", str(doc), "--socket", str(stage.socket)]
-    print(f"$ udf trace {doc} &   # and then a stat, two ls and a statfs")
-
-    def look() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (doc / f"no-such-file-{time.monotonic_ns()}").stat()
-
-    def list_and_measure() -> None:
-        folder = next(path for path in sorted(doc.iterdir()) if path.is_dir())
-        os.listdir(folder)
-        os.statvfs(doc)
-
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as trace:
-        try:
-            text = until_traced(trace, look, "LOOKUP") + until_traced(trace, list_and_measure, "STATFS")
-        finally:
-            trace.send_signal(signal.SIGINT)
-    print(text.rstrip())
+def has_read(pid: int, size: int) -> bool:
+    """Whether a process is so far in a file that it reads, or has ended."""
+    try:
+        places = [path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    except FileNotFoundError:
+        return True
+    return any(int(text.split()[1]) >= size for text in places)
 
 
-def until_traced(trace: subprocess.Popen[bytes], act: Callable[[], None], word: str) -> str:
-    """Act until the trace shows it, and return what it showed: it begins a moment after its heading."""
-    assert trace.stdout is not None
-    shown = b""
+def wait_until(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        act()
-        while select.select([trace.stdout], [], [], 0.5)[0]:
-            data = os.read(trace.stdout.fileno(), 65536)
-            if not data:
-                raise DemoError("the trace ended by itself")
-            shown += data
-            if word.encode() in shown and shown.endswith(b"\n"):
-                return shown.decode()
-    raise DemoError(f"the trace shows no {word}")
-
-
-def regular_files(root: Path) -> Iterator[Path]:
-    """Names below `root` of at most MOST_FILES regular files of at most MOST_BYTES."""
-    count = 0
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
-                continue
-            yield path.relative_to(root)
-            count += 1
-            if count == MOST_FILES:
-                return
-
-
-def checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def mounts_below(path: Path) -> list[str]:
-    """Mountpoints at or below `path`, by the kernel's table."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        points = [line.split()[4] for line in table]
-    return [point for point in points if point == str(path) or point.startswith(f"{path}/")]
-
-
-def check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise DemoError(sentence)
-
-
-def _remove(scratch: Path) -> None:
-    for point in reversed(mounts_below(scratch)):
-        subprocess.run(["umount", "-l", point], stderr=subprocess.DEVNULL, check=False)
-    if not mounts_below(scratch):  # never delete through a mount: that would be the user's own files
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.005)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(show([run], "--automount"))

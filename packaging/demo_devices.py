@@ -1,7 +1,7 @@
-"""The second act of `make demo`: devices that are plugged in, lose their drivers, and are pulled out.
+"""The second act of `make demo-parts`: devices that are plugged in, lose their drivers, and are pulled out.
 
 Owns: an image of a stick, three emulated devices on the demo's daemon, and what is done with them.
-Called by: demo.py, with the stage on which everything goes through the command line.
+Called by: demo_parts.py, with the stage on which everything goes through the command line.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ import sys
 import time
 import tty
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from demo import Stage
+from demo_stage import DemoError, Stage, check
 
 MIB = 1 << 20
 STICK = 24 * MIB
 PATIENCE = 20.0
-
-
-class DeviceDemoError(Exception):
-    """Something is not as it should be."""
 
 
 def run(stage: Stage) -> None:
@@ -79,7 +74,7 @@ class Devices:
         for row in rows:
             if row["name"] == self.instances[driver]:
                 return dict(row)
-        raise DeviceDemoError(f"udf status does not know {self.instances[driver]}")
+        raise DemoError(f"udf status does not know {self.instances[driver]}")
 
     def kill(self, driver: str) -> None:
         """SIGKILL for the process that serves it now."""
@@ -201,11 +196,6 @@ def wait_until(holds: Any) -> None:
         time.sleep(0.01)
 
 
-def check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise DeviceDemoError(sentence)
-
-
 if __name__ == "__main__":
-    print("run `make demo`, of which this is a part", file=sys.stderr)
+    print("run `make demo-parts`, of which this is a part", file=sys.stderr)
     sys.exit(2)

@@ -15,6 +15,8 @@ RUN_PACKAGES=(
   'libc6-dev        : test -e /usr/include/stdlib.h'
   'pkg-config       : command -v pkg-config'
   'libfuse3-dev     : pkg-config --exists fuse3'
+  'dosfstools       : command -v mkfs.fat || test -x /sbin/mkfs.fat'  # make demo, which shows what others say of a stick
+  'mtools           : command -v mcopy'  # likewise
   'python3-venv     : "$PYTHON" -c "import ensurepip, venv"'
   'python3-dev      : test -e "$("$PYTHON" -c "import sysconfig; print(sysconfig.get_path(\"include\"))")/Python.h"'
 )
@@ -45,8 +47,6 @@ TEST_PACKAGES=(
   'qemu-utils       : command -v qemu-nbd'
   'fio              : command -v fio'
   'usbip            : command -v usbip || test -x /usr/sbin/usbip'
-  'dosfstools       : command -v mkfs.vfat || test -x /sbin/mkfs.vfat'
-  'mtools           : command -v mcopy'
   'erofs-utils      : command -v mkfs.erofs'
   'fdisk            : command -v sfdisk || test -x /sbin/sfdisk'
 )

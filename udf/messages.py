@@ -75,6 +75,7 @@ class Serve(Message, tag="serve"):
     deadline: float = 30.0
     start_timeout: float = 30.0
     patience: float = 60.0
+    idle_flush: float = 0.0  # seconds after the last write after which the device is told to flush; 0: it is not
 
 
 class Detach(Message, tag="detach"):
@@ -206,10 +207,14 @@ class Attached(Message, tag="attached"):
 
 
 class Refused(Message, tag="refused"):
-    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT)."""
+    """A new generation cannot serve this mount (it lacks what the kernel was promised, or did not answer INIT).
+
+    `changed`: after a Detach, the device that is back is another one, or what is on it has changed: no generation can.
+    """
 
     generation: int
     error: str
+    changed: bool = False
 
 
 class Overdue(Message, tag="overdue"):
@@ -354,6 +359,7 @@ class Start(Message, tag="start"):
     heartbeat: float = 1.0
     spare: bool = False
     store: bool = False  # the driver has a state store (durability = "store")
+    read_only: bool = False  # nothing will be changed through the mount: a driver that wants to know has `read_only`
     device: DeviceSpec | None = None
 
 
@@ -365,9 +371,11 @@ class Stop(Message, tag="stop"):
     """End in an orderly way; a SIGTERM means the same.
 
     `linked`: a foreign program still has its link, though nothing will come over it; the end of that would do too.
+    `eject`: the device is about to be taken out.
     """
 
     linked: bool = False
+    eject: bool = False
 
 
 ToHost = Start | TakeOver | Stop

@@ -86,6 +86,10 @@ class UsbStorage(UsbDriver):
         if not self._units:
             raise ContractError("the device has no unit with blocks")
 
+    async def eject(self) -> None:
+        for unit in list(self._units.values()):
+            await self._engine.run(unit.eject)
+
     async def stop(self) -> None:
         self._engine.close()
 

@@ -68,6 +68,11 @@ def start_unit() -> Command:
     return Command("START STOP UNIT", bytes((0x1B, 0, 0, 0, 1, 0)))
 
 
+def stop_unit(*, eject: bool) -> Command:
+    """Spin it down, or put its medium out."""
+    return Command("START STOP UNIT", bytes((0x1B, 0, 0, 0, 2 if eject else 0, 0)))
+
+
 def read_capacity_10() -> Command:
     """How large the medium is, up to 2^32 blocks."""
     return Command("READ CAPACITY(10)", b"\x25" + bytes(9), 8)

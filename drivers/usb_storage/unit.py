@@ -23,6 +23,7 @@ from .wire import Status
 log = logging.getLogger("usb_storage")
 
 QUICK, SLOW = 10.0, 20.0  # seconds for a command without data and for one that moves some, or spins something up
+FAREWELL = 1.0  # seconds for the last command
 OPTIONAL = 3.0  # seconds for a question that the device need not know
 PATIENCE = 20.0  # seconds for which a unit may be about to become ready
 BUDGET = 45.0  # seconds for a request with everything that is tried for it
@@ -165,6 +166,19 @@ class LogicalUnit:
                 command = scsi.write_same(lba, count, bytes(facts.block_size), unmap=True)
             self.execute(command, SLOW)
             lba, blocks = lba + count, blocks - count
+
+    def eject(self) -> None:
+        """Tell the device that it is about to be taken out; with the next power it is as before.
+
+        It cannot refuse: what it was written is flushed. Some do not know the command.
+        """
+        if self.facts is None:
+            return
+        self._start_clock()
+        try:
+            self._run(scsi.stop_unit(eject=self.facts.removable), FAREWELL, None, faults=0)
+        except OSError as exc:
+            log.info("LUN %d is not stopped: %s", self.lun, exc)
 
     # ---- questions (probe.Asker)
 

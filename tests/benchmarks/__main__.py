@@ -16,7 +16,7 @@ import time
 import traceback
 from types import FrameType
 
-from tests.benchmarks import devices, glue, leaks, machine, memory, parallel, pause, sequential, spin, tree
+from tests.benchmarks import devices, glue, leaks, machine, memory, parallel, pause, sequential, spin, stick, tree
 from tests.benchmarks.lab import Lab
 from tests.benchmarks.report import Result
 
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "spin": spin.run,
     "pause": pause.run,
     "devices": devices.run,
+    "stick": stick.run,
     "memory": memory.run,
     "leaks": leaks.run,
 }

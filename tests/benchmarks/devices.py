@@ -142,7 +142,7 @@ def _speed(the_lab: Lab, connection: Connection, result: Result) -> None:
     seconds: dict[str, dict[str, list[float]]] = {side: {d: [] for d in _DIRECTIONS} for side in _SIDES}
     watch = machine.Watch({})
     try:
-        with _emulator(folder / "bus", ["loopback", f"storage,file={other},speed=super"]) as bus:
+        with emulator(folder / "bus", ["loopback", f"storage,file={other},speed=super"]) as bus:
             for _ in range(rounds):
                 loop = [sys.executable, __file__, str(bus), "loopback0", "storage0", str(megabytes)]
                 figures = iter(_output(loop).split())
@@ -176,7 +176,7 @@ def _speed(the_lab: Lab, connection: Connection, result: Result) -> None:
 
 
 @contextlib.contextmanager
-def _emulator(path: Path, plugs: list[str]) -> Iterator[Path]:
+def emulator(path: Path, plugs: list[str]) -> Iterator[Path]:
     """An emulator with these devices; its socket."""
     command = [sys.executable, "-P", "-m", "udf.testing.devices", "--socket", str(path)]
     command += [word for plug in plugs for word in ("--plug", plug)]

@@ -170,10 +170,11 @@ class Udf(Peer):
 class Daemon:
     """`udf daemon` with a socket of its own, so that nobody else's mounts are touched."""
 
-    def __init__(self, tree: str | Path = TREE, name: str = "udf") -> None:
+    def __init__(self, tree: str | Path = TREE, name: str = "udf", *arguments: str) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._tree = tree
         self._name = name
+        self._arguments = arguments
         self._environment = {**os.environ, "PYTHONPATH": str(tree)}
         self.socket = Path()
         self.log = Path()
@@ -190,7 +191,7 @@ class Daemon:
         self.socket, self.log = folder / f"{self._name}.socket", folder / f"{self._name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "udf", "daemon", "--socket", str(self.socket)],
+                [sys.executable, "-m", "udf", "daemon", "--socket", str(self.socket), *self._arguments],
                 cwd=self._tree,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import ROOT
 from udf.errors import UserError
 from udf.manifest import Match
-from udf.usb.rules import MAX_RULES, NO_RULES, SYSTEM_RULES, Rules, check_rules, read_rules, rules_files
+from udf.usb.matching import DeviceFacts, InterfaceFacts, volume_rule
+from udf.usb.rules import MAX_RULES, NO_RULES, SYSTEM_RULES, Rule, Rules, check_rules, read_rules, rules_files
 
 
 def sentence(call: Any, *arguments: Any, **named: Any) -> str:
@@ -26,7 +27,7 @@ def sentence(call: Any, *arguments: Any, **named: Any) -> str:
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"ban": []}, "the rule 'ban' is of no known kind: there are [[allow]], [[deny]], [[prefer]]"),
+    ({"ban": []}, "the rule 'ban' is of no known kind: there are [[allow]], [[deny]], [[prefer]], [[volume]]"),
     ({"deny": {"vendor": 1}}, "the rule 'deny' must be written as [[deny]]"),
     ({"deny": [1]}, "the rule 'deny[0]' must be a table, not 1"),
     ({"deny": [{}] * (MAX_RULES + 1)}, f"more than {MAX_RULES}"),
@@ -38,6 +39,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"allow": [{"driver": "../x"}]}, "the rule 'allow[0].driver' is '../x', which is not the name of a driver"),
     ({"prefer": [{"vendor": 1}]}, "the rule 'prefer[0]' names no driver"),
     ({"deny": [{"options": {"a": 1}}]}, "the rule 'deny[0].options' mean nothing here"),
+    ({"deny": [{"label": "X"}]}, "the rule 'deny[0].label' is not known there"),
+    ({"prefer": [{"driver": "x", "automount": True}]}, "the rule 'prefer[0].automount' is not known there"),
+    ({"volume": [{"automount": "no"}]}, "the rule 'volume[0].automount' must be true or false, not 'no'"),
+    ({"volume": [{"label": 7}]}, "the rule 'volume[0].label' must be a printable text"),
+    ({"volume": [{"options": {"A": 1}}]}, "the rule 'volume[0].options.A' is not the name of an option"),
     ({"prefer": [{"driver": "x", "options": []}]}, "the rule 'prefer[0].options' must be a table"),
     ({"prefer": [{"driver": "x", "options": {"A": 1}}]}, "the rule 'prefer[0].options.A' is not the name of an option"),
     ({"prefer": [{"driver": "x", "options": {"a": []}}]}, "the rule 'prefer[0].options.a' must be a text, a number"),
@@ -122,3 +128,29 @@ def test_a_users_own_file_counts_before_the_systems(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert rules_files() == [SYSTEM_RULES]
     assert rules_files("/x/rules") == [Path("/x/rules")]
+
+
+def test_the_first_rule_about_a_volume_counts() -> None:
+    rules = check_rules(
+        {
+            "volume": [
+                {"serial": "A*", "label": "BACKUP*", "automount": False},
+                {"serial": "A*", "options": {"ro": True, "uid": 1000}, "driver": "fat"},
+                {"port": "1-2"},
+            ]
+        },
+        "f",
+    )
+
+    def found(label: str, **facts: Any) -> Rule | None:
+        interfaces = (InterfaceFacts(0, ((8, 6, 0x50),)),)
+        return volume_rule(DeviceFacts("k", 1, 2, interfaces=interfaces, **facts), label, rules)
+
+    assert found("BACKUP-1", serial="A1") is rules.volume[0]
+    assert not rules.volume[0].automount
+    second = found("OTHER", serial="A1")
+    assert second is rules.volume[1]
+    assert (dict(second.options), second.driver, second.automount) == ({"ro": "1", "uid": "1000"}, "fat", True)
+    assert found("BACKUP-1", port="1-2") is rules.volume[2]
+    assert found("BACKUP-1", serial="B") is None
+    assert NO_RULES.followed_by(rules).volume == rules.volume

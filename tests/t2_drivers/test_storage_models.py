@@ -180,3 +180,23 @@ async def test_a_flush_is_what_the_medium_has_after_the_power_is_gone(bus: Emula
         plugged.unplug()
     medium: Any = stick.units[0].medium
     assert medium.read(0, 8192) == b"a" * 4096 + bytes(4096)
+
+
+@pytest.mark.parametrize("removable", [True, False])
+async def test_an_ejected_device_is_stopped_and_serves_again_after_a_replug(bus: Emulator, removable: bool) -> None:
+    plugged = bus.plug(Storage(size=MIB, removable=removable))
+    unit = plugged.device.units[0]
+    async with lab.started(lab.UsbStorage, plugged) as driver:
+        await (await driver.units())[""].write(0, b"kept" * 128)
+        await driver.eject()
+        assert (unit.medium is None, unit.stopped) == (removable, not removable)
+    plugged.replug()
+    async with lab.started(lab.UsbStorage, plugged) as driver:
+        assert await (await driver.units())[""].read(0, 512) == b"kept" * 128
+
+
+async def test_a_device_that_knows_no_eject_is_ended_all_the_same(bus: Emulator) -> None:
+    plugged = bus.plug(Storage(size=MIB), faults=["stall ep=0x81 after=8"])
+    async with lab.started(lab.UsbStorage, plugged) as driver:
+        with trio.fail_after(5):
+            await driver.eject()

@@ -98,13 +98,13 @@ class Shim:
     def send(self, kind: str, fds: tuple[int, ...] = (), **fields: object) -> None:
         socket.send_fds(self.control, [json.dumps({"t": kind, **fields}).encode()], list(fds))
 
-    def expect(self, kind: str, seconds: float = LONG) -> dict[str, Any]:
-        """The next message of a kind that nobody has taken."""
+    def expect(self, kind: str, seconds: float = LONG, *, or_else: str = "") -> dict[str, Any]:
+        """The next message of a kind (or of two) that nobody has taken."""
         until = time.monotonic() + seconds
         with self._news:
             while True:
                 for index, message in enumerate(self.messages):
-                    if index not in self._taken and message["t"] == kind:
+                    if index not in self._taken and message["t"] in (kind, or_else):
                         self._taken.add(index)
                         return message
                 assert self.messages[-1:] != [{"t": "end"}], f"no {kind}, but the end: {self.messages}"
@@ -183,6 +183,23 @@ def serving(directory: Path, driver: Driver, **config: object) -> Iterator[Shim]
     assert "Traceback" not in text
 
 
+def pull(shim: Shim) -> None:
+    """The supervisor's word that the device is gone; the driver ends, and with it the device's cache."""
+    shim.send("detach")
+    shim.until(lambda: shim.counters()["waiting"] == 0)
+    shim.drivers[-1].kill()
+
+
+def plug(shim: Shim, *arguments: object, generation: int = 2) -> None:
+    shim.attach(Driver("disk", *arguments), generation)
+
+
+def back(shim: Shim, *arguments: object, generation: int = 2) -> None:
+    """It is plugged in, and is taken for the same."""
+    plug(shim, *arguments, generation=generation)
+    assert shim.expect("attached")["generation"] == generation
+
+
 class NbdError(Exception):
     """An error reply."""
 
@@ -194,7 +211,15 @@ class NbdError(Exception):
 class Client:
     """A blocking NBD client that sends whatever it is told to."""
 
-    def __init__(self, path: Path, export: str | None = "", *, claim: bool = False, structured: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        export: str | None = "",
+        *,
+        claim: bool = False,
+        structured: bool = True,
+        watch: bool = False,
+    ) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(LONG)
         self.sock.connect(str(path))
@@ -204,6 +229,8 @@ class Client:
         self._cookie = 0
         if structured:
             assert self.option(wire.OPT_STRUCTURED_REPLY)[-1][0] == wire.REP_ACK
+        if watch:
+            assert self.option(wire.OPT_WATCH)[-1] == (wire.REP_ACK, b"")
         if claim and export is not None:
             kind, text = self.option(wire.OPT_CLAIM, wire.pack_text(export))[-1]
             if kind != wire.REP_ACK:
@@ -282,8 +309,8 @@ class Client:
                 return body
         raise NbdError(error)
 
-    def read(self, offset: int, size: int) -> bytes:
-        return self.call(wire.CMD_READ, offset, size)
+    def read(self, offset: int, size: int, flags: int = 0) -> bytes:
+        return self.call(wire.CMD_READ, offset, size, flags=flags)
 
     def write(self, offset: int, data: bytes, flags: int = 0) -> None:
         self.call(wire.CMD_WRITE, offset, len(data), data, flags)

@@ -152,6 +152,27 @@ def test_unplugged_again_while_it_is_written_again_nothing_is_lost(runtime_dir: 
         assert disk.read_bytes()[4096:4608] == b"b" * 512
 
 
+def test_drivers_that_die_soon_get_done_with_what_is_written_again(runtime_dir: Path) -> None:
+    """Each began with the first of it and died before the last: a copy under a storm of deaths did not get on."""
+    disk = runtime_dir / "disk.img"
+    disk.write_bytes(bytes(24 * MIB))
+    driver = Driver("disk", disk, "cache")
+    with serving(runtime_dir, driver) as shim, Client(shim.path) as client:
+        for index in range(20):
+            client.write(index * MIB, bytes([index + 1]) * MIB)
+        driver.kill()
+        shim.expect("link_lost")
+        cookie = client.ask(wire.CMD_FLUSH, 0, 0)
+        for generation in range(2, 12):
+            shim.attach(Driver("disk", disk, "cache", "die:write:10"), generation)
+            shim.expect("attached")
+            shim.until(lambda n=generation: shim.counters()["kept_writes"] == 0 or len(shim.said("link_lost")) >= n)
+            if shim.counters()["kept_writes"] == 0:
+                break
+        assert client.answer()[:2] == (cookie, 0)
+        assert disk.read_bytes() == b"".join(bytes([index + 1]) * MIB for index in range(20)) + bytes(4 * MIB)
+
+
 def test_a_write_that_kills_each_driver_that_gets_it_again_is_given_up(runtime_dir: Path, disk: Path) -> None:
     driver = Driver("disk", disk, "cache")
     with serving(runtime_dir, driver) as shim, Client(shim.path) as client:

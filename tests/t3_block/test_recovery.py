@@ -100,6 +100,7 @@ def test_parked_requests_fail_after_their_patience(runtime_dir: Path, disk: Path
         assert time.monotonic() - before < 5
         second = Driver("disk", disk)
         shim.attach(second)
+        shim.expect("attached")
         client.write(0, b"x" * 512)
 
 

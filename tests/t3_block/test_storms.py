@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.t3_block.lab import LONG, MIB, Client, Driver, Shim, serving
+from tests.t3_block.lab import LONG, MIB, Client, Driver, Shim, back, plug, serving
 from udf.block import wire
 
 
@@ -132,3 +133,74 @@ def test_a_reply_that_was_lost_after_the_work_is_made_good(runtime_dir: Path, di
         finally:
             driver.kill()
             supervisor.join(LONG)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("UDF_TEST_SEEDS", "2"))))
+def test_pulled_out_at_any_moment_it_comes_back_with_all_that_was_acknowledged(
+    runtime_dir: Path, disk: Path, seed: int
+) -> None:
+    """A medium with a cache that is lost each time; sometimes the driver dies instead, or while it is compared."""
+    rng = random.Random(seed)
+    disk.write_bytes(rng.randbytes(4 * MIB))
+    model = bytearray(disk.read_bytes())
+    rounds = int(os.environ.get("UDF_TEST_EPISODES", "8"))
+    generation = 1
+    with serving(runtime_dir, Driver("disk", disk, "cache"), idle_flush=0.02) as shim:
+        client = Client(shim.path, watch=True)
+        with client:
+            for _ in range(rounds):
+                under_way: dict[int, tuple[int, bytes]] = {}
+                for _ in range(rng.randint(1, 12)):
+                    size = 512 * rng.randint(1, 64)
+                    at = 512 * rng.randint(0, (4 * MIB - size) // 512)
+                    what = rng.random()
+                    if what < 0.3:
+                        under_way[client.ask(wire.CMD_READ, at, size, flags=wire.FLAG_WATCH)] = (at, b"")
+                    elif what < 0.4:
+                        under_way[client.ask(wire.CMD_FLUSH, 0, 0)] = (0, b"")
+                    elif not any(at < start + len(old) and start < at + size for start, old in under_way.values()):
+                        data = rng.randbytes(size)
+                        flags = rng.choice([0, wire.FLAG_WATCH])
+                        under_way[client.ask(wire.CMD_WRITE, at, size, data, flags)] = (at, data)
+                for _ in range(rng.randint(0, len(under_way))):
+                    cookie, error, _ = client.answer()
+                    assert not error
+                    at, data = under_way.pop(cookie)
+                    model[at : at + len(data)] = data
+                died = rng.random() < 0.2
+                if died:
+                    shim.drivers[-1].kill()
+                    shim.expect("link_lost")
+                else:
+                    shim.send("detach")
+                    failed = {}
+                    while under_way:
+                        cookie, error, _ = client.answer()
+                        at, data = under_way.pop(cookie)
+                        if error:
+                            assert error == wire.ESHUTDOWN
+                            failed[at] = len(data)
+                        else:
+                            model[at : at + len(data)] = data
+                    shim.drivers[-1].kill()
+                    generation += 1
+                    if rng.random() < 0.3:
+                        plug(shim, disk, "cache", f"die:read:{rng.randint(1, 4)}", generation=generation)
+                        if shim.expect("refused", or_else="attached")["t"] == "attached":
+                            shim.drivers[-1].kill()
+                            shim.expect("link_lost")
+                        shim.drivers[-1].kill()
+                    generation += 1
+                generation += died
+                back(shim, disk, "cache", generation=generation)
+                while under_way:
+                    cookie, error, _ = client.answer()
+                    assert not error
+                    at, data = under_way.pop(cookie)
+                    model[at : at + len(data)] = data
+                if not died:
+                    for at, size in failed.items():
+                        if size:  # what its program was told has failed may be there or not
+                            model[at : at + size] = client.read(at, size)
+            client.flush()
+            assert disk.read_bytes() == model

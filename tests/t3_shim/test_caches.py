@@ -122,6 +122,15 @@ def test_exclusive_is_for_ever_whatever_the_driver_says():
         assert mount.round_trips(again) == 0
 
 
+def test_a_name_that_is_good_for_this_once_is_asked_for_again_even_on_an_exclusive_mount():
+    with mounted(prepared(1e-6), exclusive=True) as mount:
+        assert mount.fails("stat", "missing") == errno.ENOENT
+        mount.tree.file("missing", b"here")
+        assert mount.do("slurp", "missing") == b"here"
+        del mount.tree.nodes[1].children[b"missing"]
+        assert mount.fails("stat", "missing") == errno.ENOENT
+
+
 def test_zero_time_outs_are_never_answered_from_a_cache():
     with mounted(prepared(0.0)) as mount:
         for size in range(1, 6):

@@ -12,7 +12,7 @@ import trio
 from lab import Lab, laboratory
 from staging import Stage
 
-from udf.supervisor import endpoint, hosts, mounts, paths, process, recovery, restart, spawn
+from udf.supervisor import endpoint, hosts, mounts, paths, process, recovery, restart, spawn, succession
 from udf.supervisor.spawn import Identity
 
 
@@ -65,7 +65,7 @@ async def stage(nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(spawn, "start_shim", start_shim)
     monkeypatch.setattr(spawn, "start_host", start_host)
     monkeypatch.setattr(paths, "clean", clean)
-    for module in (endpoint, mounts, recovery, hosts):
+    for module in (endpoint, mounts, recovery, succession, hosts):
         for name, value in {"LINK_GRACE": 0.2, "STOP_GRACE": 0.5, "TERM_GRACE": 0.3, "HEARTBEAT": 0.05}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)

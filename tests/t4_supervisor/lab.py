@@ -16,14 +16,17 @@ from udf.errors import DeviceGone
 from udf.manifest import read_manifest
 from udf.supervisor import catalog, spawn
 from udf.supervisor.attach import DevicePlan
+from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import Event, EventLog, State
 from udf.supervisor.lease import Lease
-from udf.supervisor.registry import Registry
+from udf.supervisor.mounts import Mount
+from udf.supervisor.registry import MountRequest, Registry
 from udf.supervisor.spawn import Identity
 from udf.testing.devices import Device, Emulator, Plugged
 
 DRIVERS = Path(__file__).with_name("device_drivers")
+VOLUME_DRIVERS = Path(__file__).with_name("volume_drivers")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -105,6 +108,24 @@ class Lab:
 
     async def start(self, name: str, driver: str | Path, lease: Lease | None = None, **more: object) -> Endpoint:
         return await self.registry.start_device(self.plan(name, driver, lease, **more))  # type: ignore[arg-type]
+
+    async def mount(
+        self, disk: Endpoint, mountpoint: Path, export: str = "disk", *, driver: str = "window", **options: str
+    ) -> Mount:
+        """A volume of it."""
+        assert isinstance(disk, BlockEndpoint)
+        mountpoint.mkdir(exist_ok=True)
+        request = MountRequest(
+            mountpoint=str(mountpoint),
+            driver=str(VOLUME_DRIVERS / f"{driver}.py"),
+            options=dict(options),
+        )
+        return await self.registry.mount(request, self.registry_owner, on=disk, export=export)
+
+    async def replug(self, lease: EmulatedLease, seconds: float = 0.0) -> EmulatedLease:
+        """Put it back into its port: another arrival, with another lease, which nobody has been offered yet."""
+        await trio.to_thread.run_sync(lease.plugged.replug, seconds)
+        return EmulatedLease(lease.plugged)
 
     def place(self, name: str) -> Path:
         return self.home / "dev" / name

@@ -92,7 +92,7 @@ async def test_an_unplug_that_only_the_connection_tells_of_is_one_too(lab: Lab) 
 async def test_a_connection_that_ends_without_the_device_is_followed_by_another(lab: Lab) -> None:
     lease = await lab.plug(Thermometer())
     endpoint = await lab.start("t0", "sensor", lease)
-    tenancy = endpoint.recovery._tenancy
+    tenancy = endpoint.recovery.absence.tenancy
     assert tenancy is not None
     tenancy.cut()
     await serves(endpoint, 2)

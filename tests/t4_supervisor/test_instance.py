@@ -25,6 +25,7 @@ ALLOWED = {
     ("DETACHED", "RECOVERING"),
     ("DETACHED", "FAILED"),
     ("DETACHED", "GONE"),
+    ("FAILED", "DETACHED"),
     ("FAILED", "RECOVERING"),
     ("FAILED", "GONE"),
 }

@@ -137,6 +137,7 @@ def test_the_interface_file_and_the_code_agree_on_every_name() -> None:
         "Info": control_module._Info,
         "Mount": MountRequest,
         "Unmount": control_module._Unmount,
+        "Eject": control_module._Eject,
         "Status": control_module._Which,
         "Drivers": control_module._Nothing,
         "Events": control_module._Events,

@@ -12,16 +12,48 @@ import pytest
 
 from tests.conftest import ROOT, mounts_below
 
-COMMAND = [sys.executable, str(ROOT / "packaging" / "demo.py")]
+STICK, PARTS = "demo.py", "demo_parts.py"
+EXPECTED = {
+    STICK: (
+        "HOLIDAY (vfat) is mounted on",
+        "Thank you!",
+        "    # usb_storage",
+        "    # fat",
+        "cp: No such device (ENODEV)",
+        "DETACHED",
+        "cp goes on at",
+        "12293/81751 clusters",  # fsck.fat, of the film twice and the letters
+        "disk0 may be pulled out",
+        "All checks passed",
+    ),
+    PARTS: (
+        "pass 2: all equal",
+        "Hello, world!",
+        "still open",
+        "CACHE HITS",
+        "LOOKUP",
+        "udf umount",
+        "All checks passed",
+    ),
+}
+MOMENTS = {
+    STICK: ["$ udf devices", "$ cp film.bin", "$ udf status"],
+    PARTS: ["A real directory", "$ udf trace"],
+}
+
+
+def command(script: str) -> list[str]:
+    return [sys.executable, str(ROOT / "packaging" / script)]
 
 
 def environment(scratch: Path) -> dict[str, str]:
     return {**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": str(ROOT)}
 
 
-def test_demo_shows_everything_and_leaves_nothing(runtime_dir: Path) -> None:
+@pytest.mark.parametrize("script", EXPECTED)
+def test_demo_shows_everything_and_leaves_nothing(runtime_dir: Path, script: str) -> None:
     result = subprocess.run(
-        COMMAND,
+        command(script),
         env=environment(runtime_dir),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -31,25 +63,22 @@ def test_demo_shows_everything_and_leaves_nothing(runtime_dir: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    expected = (
-        "pass 2: all equal",
-        "Hello, world!",
-        "still open",
-        "CACHE HITS",
-        "LOOKUP",
-        "udf umount",
-        "All checks passed",
-    )
-    for word in expected:
+    for word in EXPECTED[script]:
         assert word in result.stdout
     assert list(runtime_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["A real directory", "$ udf status", "$ udf trace", "$ udf umount"])
-def test_interrupted_demo_leaves_nothing(runtime_dir: Path, number: signal.Signals, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "moment", "number"),
+    [
+        (script, moment, (signal.SIGINT, signal.SIGTERM)[index % 2])
+        for script, moments in MOMENTS.items()
+        for index, moment in enumerate(moments)
+    ],
+)
+def test_interrupted_demo_leaves_nothing(runtime_dir: Path, script: str, moment: str, number: signal.Signals) -> None:
     with subprocess.Popen(
-        COMMAND,
+        command(script),
         env=environment(runtime_dir),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

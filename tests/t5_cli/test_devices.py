@@ -537,7 +537,8 @@ def test_the_end_of_the_daemon_ends_everything(tmp_path: Path, runtime_dir: Path
         descriptor = os.open(lab.dev / "probe0/celsius", os.O_RDONLY)  # in use: unmounted lazily
         assert lab.daemon.stop() == 0
         with pytest.raises(OSError, match="not connected"):
-            os.close(descriptor)
+            os.read(descriptor, 1)
+        os.close(descriptor)
 
 
 def test_after_a_killed_daemon_the_next_one_begins_clean(tmp_path: Path) -> None:

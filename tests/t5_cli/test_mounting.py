@@ -169,3 +169,27 @@ def test_mount_helper_takes_what_mount_gives_it(udf: Command, mountpoint: Path, 
     assert mounts_below(mountpoint) == []
     assert mount("none", str(mountpoint), "-o", "driver=nosuch").returncode == 1
     assert mount("none").returncode == 1
+
+
+def test_umount_helper_waits_and_leaves_the_rest_to_the_kernel(udf: Command, mountpoint: Path, tmp_path: Path) -> None:
+    """As umount(8) calls it for a mount of type fuse.udfd."""
+    wrapper = tmp_path / "udf"
+    at = f" --socket {udf.socket}" if udf.socket else ""
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m udf "$@"{at}\n')
+    wrapper.chmod(0o755)
+    helper = ROOT / "packaging" / "umount.fuse.udfd"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def umount(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(helper), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    udf.done("mount", "-t", "hello", mountpoint)
+    with (mountpoint / "hello.txt").open("rb"):
+        said = umount(str(mountpoint))
+        assert said.returncode == 1
+        assert "is in use by python" in said.stderr
+    assert umount(str(mountpoint), "-n").returncode == 0
+    assert mounts_below(mountpoint) == []
+    assert umount(str(mountpoint)).returncode != 0
+    assert umount().returncode == 1

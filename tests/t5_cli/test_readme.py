@@ -17,6 +17,7 @@ from udf.manifest import check as manifest
 
 from .conftest import Daemon
 
+PROGRAMS = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # not every user's PATH has those of administrators
 README = (ROOT / "README.md").read_text()
 SCRIPTS = re.findall(r"<!-- tested -->\n```sh\n(.*?)```", README, re.DOTALL)
 FILES = re.findall(r"<!-- file (\S+) -->\n```\w+\n(.*?)```", README, re.DOTALL)
@@ -40,6 +41,8 @@ def test_example_works_as_it_stands(script: str, daemon: Daemon, tmp_path: Path)
     """In an empty directory, with `udf` on PATH bound to a daemon of the test's own."""
     if "mksquashfs" in script and shutil.which("mksquashfs") is None:
         pytest.skip("squashfs-tools are not installed")
+    if "mkfs.fat" in script and shutil.which("mkfs.fat", path=PROGRAMS) is None:
+        pytest.skip("dosfstools are not installed")
     if "squashfuse_ll" in script and shutil.which("squashfuse_ll") is None:
         pytest.skip("squashfuse is not installed")
     programs = tmp_path / "bin"
@@ -51,7 +54,7 @@ def test_example_works_as_it_stands(script: str, daemon: Daemon, tmp_path: Path)
     work.mkdir()
     for name, text in FILES:
         (work / name).write_text(text)
-    path = f"{programs}:{os.environ['PATH']}"
+    path = f"{programs}:{PROGRAMS}"
     result = subprocess.run(
         ["sh", "-eux", "-c", script],
         cwd=work,

@@ -12,10 +12,12 @@ import json
 import mmap
 import os
 import random
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -324,7 +326,29 @@ def _compare(one: Path, other: Path) -> None:
                 raise Different(f"{b} has other contents than {a}")
 
 
+def copies(top: Path, clock: Clock, rng: random.Random) -> None:
+    """A tree of files and directories that `cp -r` copies, and copies from the copy; each is compared, then removed."""
+    source = Path(tempfile.mkdtemp())
+    try:
+        for number in range(24):
+            path = source / f"directory {number % 4}" / f"a file with the number {number}.bin"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(rng.randbytes(rng.randrange(1 << rng.randrange(4, 18))))
+        while clock.goes_on():
+            one, other = top / f"one{clock.operations}", top / f"other{clock.operations}"
+            run("cp", "-r", source, one, cwd=top)
+            _compare(source, one)
+            run("cp", "-r", one, other, cwd=top)
+            _compare(source, other)
+            run("rm", "-rf", one, cwd=top)
+            if clock.goes_on():
+                run("rm", "-rf", other, cwd=top)
+    finally:
+        shutil.rmtree(source)
+
+
 WORKLOADS = {each.__name__: each for each in (contents, names, sqlite, git, tar)}
+FAT_WORKLOADS = {each.__name__: each for each in (contents, copies)}  # without links and symbolic links
 
 
 def main() -> int:
@@ -334,7 +358,7 @@ def main() -> int:
     top.mkdir()
     clock = Clock(float(seconds))
     try:
-        WORKLOADS[name](top, clock, random.Random(int(seed)))
+        {**WORKLOADS, **FAT_WORKLOADS}[name](top, clock, random.Random(int(seed)))
     except Exception as error:
         print(f"{name} (seed {seed}), operation {clock.operations}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -79,29 +79,45 @@ class BlockClient:
         self.flags: int = offer.flags
         self.sizes: wire.BlockSizes = offer.sizes
         self.claimed: bool = offer.claimed
+        self.watching: bool = offer.watching
 
     @classmethod
     async def open(
-        cls, uri: str, export: str | None = None, *, claim: bool = False, timeout: float | None = None
+        cls,
+        uri: str,
+        export: str | None = None,
+        *,
+        claim: bool = False,
+        watch: bool = False,
+        timeout: float | None = None,
     ) -> BlockClient:
         """Connect by a URI: nbd+unix:///EXPORT?socket=PATH or nbd://HOST[:PORT]/EXPORT. See `on`."""
         place = parse(uri)
         sock = await connect(place)
-        return await cls.on(sock, place.export if export is None else export, claim=claim, timeout=timeout)
+        name = place.export if export is None else export
+        return await cls.on(sock, name, claim=claim, watch=watch, timeout=timeout)
 
     @classmethod
     async def on(
-        cls, sock: socket.socket, export: str = "", *, claim: bool = False, timeout: float | None = None
+        cls,
+        sock: socket.socket,
+        export: str = "",
+        *,
+        claim: bool = False,
+        watch: bool = False,
+        timeout: float | None = None,
     ) -> BlockClient:
         """Use a connected socket, which is ours from here on.
 
         `claim`: be the export's only writer. PermissionError if somebody else is; a server that does not know claims
-        lets everybody write (`claimed` says which). `timeout`: seconds for each call from here on, else TimeoutError.
+        lets everybody write (`claimed` says which). `watch`: what is read and written with that word must be the same
+        when the device comes back after it was pulled out, else it stays away; other servers than our own know nothing
+        of that (`watching` says which). `timeout`: seconds for each call from here on, else TimeoutError.
         """
         stream = Stream(sock)
         try:
             with _bounded(timeout):
-                offer = await Greeting(stream).choose(export, claim=claim)
+                offer = await Greeting(stream).choose(export, claim=claim, watch=watch)
         except BaseException as exc:
             stream.close()
             if isinstance(exc, Ended | wire.WireError):
@@ -177,17 +193,26 @@ class BlockClient:
 
     # ---- verbs
 
-    async def read(self, offset: int, size: int) -> bytearray:
-        """Exactly `size` bytes, at most `maximum`."""
+    async def read(self, offset: int, size: int, *, watch: bool = False) -> bytearray:
+        """Exactly `size` bytes, at most `maximum`. `watch`: it is metadata."""
         data = bytearray(size)
-        if size:
-            await self._ask(wire.CMD_READ, 0, offset, size, target=memoryview(data))
+        await self.read_into(offset, memoryview(data), watch=watch)
         return data
 
-    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
-        """Write at most `maximum` bytes; `fua`: and return when they are durable. `data` must not change any more."""
+    async def read_into(self, offset: int, target: memoryview, *, watch: bool = False) -> None:
+        """The same into a buffer, which is the client's for ever if this is cancelled."""
+        if target:
+            flags = wire.FLAG_WATCH if watch and self.watching else 0
+            await self._ask(wire.CMD_READ, flags, offset, len(target), target=target)
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False, watch: bool = False) -> None:
+        """Write at most `maximum` bytes, which must not change any more.
+
+        `fua`: and return when they are durable. `watch`: it is metadata.
+        """
         if len(data):
-            await self._ask(wire.CMD_WRITE, wire.CMD_FLAG_FUA if fua else 0, offset, len(data), data)
+            flags = (wire.CMD_FLAG_FUA if fua else 0) | (wire.FLAG_WATCH if watch and self.watching else 0)
+            await self._ask(wire.CMD_WRITE, flags, offset, len(data), data)
 
     async def flush(self) -> None:
         """Until every write that had returned before is durable."""
@@ -376,8 +401,10 @@ class BlockClient:
             request.error = request.error or _exception(*wire.unpack_error(payload))
         elif kind == wire.CHUNK_OFFSET_HOLE and len(payload) == wire.OFFSET_HOLE.size and request.target is not None:
             offset, size = wire.OFFSET_HOLE.unpack(payload)
-            self._room(request, offset - request.offset, size)
-            request.filled += size  # the target was made of zeros
+            begin = offset - request.offset
+            self._room(request, begin, size)
+            request.target[begin : begin + size] = bytes(size)
+            request.filled += size
         elif kind != wire.CHUNK_NONE or payload:
             raise wire.WireError(f"a reply of kind {kind} with {len(payload)} bytes makes no sense here")
 

@@ -24,6 +24,7 @@ class Offer:
     structured: bool = False
     context: int | None = None  # the id of base:allocation, if the server has it
     claimed: bool = False
+    watching: bool = False  # the server compares what is called metadata when its device comes back
 
     @property
     def read_only(self) -> bool:
@@ -40,7 +41,7 @@ class Greeting:
         self._zeroes = True
         self._greeted = False
 
-    async def choose(self, export: str, *, claim: bool = False) -> Offer:
+    async def choose(self, export: str, *, claim: bool = False, watch: bool = False) -> Offer:
         """Agree on all that the server can do, and enter the export."""
         await self._greet()
         offer = Offer()
@@ -49,6 +50,8 @@ class Greeting:
             return offer
         if claim:
             offer.claimed = await self._claim(export)
+        if watch:
+            offer.watching = (await self._ask(wire.OPT_WATCH))[-1].type == wire.REP_ACK
         replies = await self._ask(wire.OPT_STRUCTURED_REPLY)
         offer.structured = replies[-1].type == wire.REP_ACK
         if offer.structured:

@@ -56,6 +56,7 @@ OPT_STRUCTURED_REPLY = 8
 OPT_LIST_META_CONTEXT = 9
 OPT_SET_META_CONTEXT = 10
 OPT_CLAIM = 0x55444601  # ours: be the one writer of an export; u32 length and its name. Others answer ERR_UNSUP.
+OPT_WATCH = 0x55444602  # ours, without a payload: FLAG_WATCH is understood from here on. Others answer ERR_UNSUP.
 
 REP_ACK = 1
 REP_SERVER = 2
@@ -121,6 +122,7 @@ CMD_FLAG_NO_HOLE = 1 << 1
 CMD_FLAG_DF = 1 << 2
 CMD_FLAG_REQ_ONE = 1 << 3
 CMD_FLAG_FAST_ZERO = 1 << 4
+FLAG_WATCH = 1 << 15  # ours, of READ and WRITE after OPT_WATCH: this has to be the same when the device comes back
 
 CHUNK_DONE = 1 << 0
 CHUNK_NONE = 0

@@ -65,10 +65,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--rules", metavar="FILE", help="the rules about devices (default: /etc/udf/rules.toml, and the user's own)"
     )
 
+    daemon.add_argument(
+        "--automount",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="mount every filesystem on a device that is plugged in on DIR/LABEL (default: media beside the socket)",
+    )
+
     mount = command("mount", "mount SOURCE on MOUNTPOINT with a driver")
     mount.add_argument("-t", "--driver", metavar="DRIVER", help="a driver's name (see `udf drivers`) or path")
     mount.add_argument("--exec", dest="program", metavar="'CMD {mountpoint}'", help="serve with any FUSE program")
-    mount.add_argument("paths", nargs="+", metavar="[SOURCE] MOUNTPOINT", help="SOURCE only if the driver takes one")
+    mount.add_argument(
+        "paths",
+        nargs="+",
+        metavar="[SOURCE] MOUNTPOINT",
+        help="SOURCE (if the driver takes one): a path, a URL, or a device as disk0, disk0/part1, LABEL=X, UUID=X",
+    )
     mount.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,…", help="options")
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground, without a daemon")
 
@@ -78,9 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     attach.add_argument("-o", dest="options", action="append", default=[], metavar="K=V,…", help="options")
     attach.add_argument("source", metavar="SOURCE")
 
-    umount = command("umount", "unmount MOUNTPOINT, or detach what was attached")
-    umount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    umount = command("umount", "unmount MOUNTPOINT or what is mounted of a device, or detach what was attached")
+    umount.add_argument("mountpoint", metavar="MOUNTPOINT|DEVICE")
     umount.add_argument("-l", "--lazy", action="store_true", help="detach now, serve what is open until it is closed")
+
+    eject = command("eject", "end a device in order, with all that is mounted of it, so that it may be pulled out")
+    eject.add_argument("device", metavar="DEVICE|MOUNTPOINT", help="as `udf devices` shows it, or where it is mounted")
 
     command("status", "show every mount, its state and its counters")
     restart = command("restart", "end the driver of MOUNT and start a new one; open files go on")
@@ -146,6 +162,8 @@ states:
   waiting    its driver requires something that is not there yet
   tie        several drivers fit equally well: a [[prefer]] rule decides
   denied     by a [[deny]] rule
+  away       it was pulled out while it was used, and goes on when it is plugged in again
+  ejected    it may be pulled out; plugged in again it is served again
   no_driver  nothing on the search path is for it
   hub        hubs need no driver
 """

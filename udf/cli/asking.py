@@ -2,7 +2,8 @@
 
 Owns: finding the supervisor of a mount, absolute paths that are found without asking a mount that may hang, the words
 behind -o.
-Must never: print, import trio or pyfuse3, or look below a mountpoint. Called by commands.py, recovering.py, devices.py.
+Must never: print, import trio or pyfuse3, or look below a mountpoint.
+Called by commands.py, recovering.py, unmounting.py, devices.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from udf.errors import UserError
 from udf.supervisor import client
 
 MAX_LINKS = 40
+TAGS = ("LABEL=", "UUID=")  # words for a volume, whatever it is on
 Row = Mapping[str, Any]
 
 
@@ -91,6 +93,11 @@ def absolute_mountpoint(path: str) -> str:
 def absolute(path: str) -> str:
     """A path made absolute by its text alone."""
     return os.path.normpath(os.path.join(current_directory(path), path))
+
+
+def may_be_device(text: str) -> bool:
+    """Whether it is not a path."""
+    return text.startswith(TAGS) or not (text.startswith(("/", ".")) or os.path.lexists(text))
 
 
 def current_directory(path: str) -> str:

@@ -1,8 +1,8 @@
 """What each command asks, and how its answer is printed.
 
 Owns: turning arguments into calls of the control interface and answers into text; what concerns dead and hung drivers
-is in recovering.py, what concerns devices in devices.py. Must never: import trio or pyfuse3 outside of `daemon` and
-`mount -f`, or look below a mountpoint.
+is in recovering.py, what ends mounts in unmounting.py, what concerns devices in devices.py. Must never: import trio or
+pyfuse3 outside of `daemon` and `mount -f`, or look below a mountpoint.
 Called by udf.cli.main, which owns errors.
 """
 
@@ -15,16 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from udf.cli import devices, recovering, show
+from udf.cli import devices, recovering, show, unmounting
 from udf.cli.asking import (
-    Meant,
+    TAGS,
     Row,
     absolute,
     absolute_mountpoint,
     all_supervisors,
-    find_meant,
+    may_be_device,
     meant,
-    not_ours,
     options_of,
 )
 from udf.errors import UserError
@@ -35,7 +34,9 @@ def daemon(arguments: argparse.Namespace) -> int:
     """`udf daemon`."""
     from udf.supervisor.daemon import main
 
-    return main(arguments.socket, usbip=arguments.usbip, rules=arguments.rules and absolute(arguments.rules))
+    automount = arguments.automount and absolute(arguments.automount)
+    rules = arguments.rules and absolute(arguments.rules)
+    return main(arguments.socket, usbip=arguments.usbip, rules=rules, automount=automount)
 
 
 def mount(arguments: argparse.Namespace) -> int:
@@ -49,9 +50,9 @@ def mount(arguments: argparse.Namespace) -> int:
         raise UserError("say which driver is meant with -t DRIVER (`udf drivers` lists them), or give a SOURCE")
     if arguments.foreground and arguments.socket:
         raise UserError("-f supervises the mount itself and --socket asks a daemon: give one of them")
-    source = _absolute_source(sources[0]) if sources else None
     options = options_of(arguments.options)
     connection = None if arguments.foreground else client.find_daemon(arguments.socket)
+    source = _absolute_source(sources[0], connection) if sources else None
     driver = arguments.driver
     if source is not None and not driver and not arguments.program and _source_kind(source) in ("url", "directory"):
         driver = _guess_driver(source, _list_drivers(connection)[0])
@@ -113,7 +114,7 @@ def _guess_driver(source: str, drivers: list[Row]) -> str:
 def _source_kind(source: str) -> str:
     """The word that manifests use for such a source."""
     if not source.startswith("/"):
-        return "url"
+        return "url" if ":" in source.partition("/")[0] and not source.startswith(TAGS) else "name"
     try:
         mode = os.stat(source).st_mode
     except OSError as error:
@@ -121,50 +122,6 @@ def _source_kind(source: str) -> str:
     if stat.S_ISDIR(mode):
         return "directory"
     return "file" if stat.S_ISREG(mode) else "device"
-
-
-def umount(arguments: argparse.Namespace) -> int:
-    """`udf umount`: whichever supervisor has the mount does it."""
-    found = find_meant(arguments.mountpoint, arguments.socket)
-    mountpoint = absolute_mountpoint(arguments.mountpoint) if found is None else found.mountpoint
-    if found is None:
-        _clean_stale(mountpoint)
-    else:
-        _ask_to_unmount(found, arguments.lazy)
-    if arguments.json:
-        show.as_json({"mountpoint": mountpoint})
-    return 0
-
-
-def _ask_to_unmount(found: Meant, lazy: bool) -> None:
-    mountpoint = found.mountpoint
-    with found.connection:
-        try:
-            found.connection.call("Unmount", **found.which, lazy=lazy or None)
-        except client.ControlError as error:
-            if error.name != "Busy":
-                raise
-            from udf.cli.holders import describe
-
-            raise UserError(
-                f"{mountpoint} is in use by {describe(mountpoint)}: end that first, or use `udf umount -l`"
-            ) from None
-
-
-def _clean_stale(mountpoint: str) -> None:
-    """Take away a mount of ours whose shim was killed together with its supervisor."""
-    from udf.fuse import mount as mounting
-
-    found = mounting.find_mount(mountpoint)
-    if found is None or found.fstype != mounting.FSTYPE:
-        raise not_ours(mountpoint)
-    try:
-        done = mounting.clean_stale(mountpoint)
-    except mounting.MountError as error:
-        raise UserError(str(error)) from error
-    if done is None:
-        raise UserError(f"{mountpoint} is served by a supervisor that cannot be reached: ask as its user, or as root")
-    print(f"udf: {done}", file=sys.stderr)
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -189,6 +146,10 @@ def status(arguments: argparse.Namespace) -> int:
         for row in mounts:
             if row["state"] != "ACTIVE" and row["text"]:
                 show.line(f"{row['mountpoint']}: {row['reason']}: {row['text']}")
+            elif row["kind"] == "mount" and row["device"] and not row["volume"]:
+                show.line(
+                    f"{row['mountpoint']}: {row['driver']} takes files: this mount does not live through an unplug"
+                )
     else:
         show.line("Nothing is mounted.")
     return 0
@@ -201,7 +162,7 @@ def _status_row(row: Row) -> tuple[object, ...]:
         state,
         row["driver"],
         row["mountpoint"],
-        row["source"] or row.get("device") or "-",
+        (row["kind"] == "mount" and row.get("device")) or row["source"] or row.get("device") or "-",
         row["generation"],
         row["restarts_left"],
         row["durability"],
@@ -325,17 +286,29 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if able else 1
 
 
-def _absolute_source(source: str) -> str | None:
-    """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it."""
+def _absolute_source(source: str, connection: client.Connection | None = None) -> str | None:
+    """A path made absolute; a URL, host:path or device word as it is; `none` as mount(8) has it.
+
+    A relative path that does not exist may be the name of a device, if there is a daemon that has devices.
+    """
     if source == "none":
         return None
     head, _, _ = source.partition("/")
-    return source if ":" in head else absolute(source)
+    if source.startswith(TAGS):
+        if connection is None:
+            raise client.NoSupervisorError(
+                f"no daemon runs that could know {source}: start `udf daemon`, or name the image or device itself"
+            )
+        return source
+    if ":" in head or (connection is not None and may_be_device(source)):
+        return source
+    return absolute(source)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    command.__name__: command for command in (daemon, mount, attach, umount, status, drivers, events, trace, doctor)
+    command.__name__: command for command in (daemon, mount, attach, status, drivers, events, trace, doctor)
 }
+COMMANDS |= {command.__name__: command for command in (unmounting.umount, unmounting.eject)}
 COMMANDS |= {command.__name__: command for command in (recovering.restart, recovering.hung, recovering.crashes)}
 COMMANDS |= {
     command.__name__: command

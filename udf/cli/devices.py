@@ -32,9 +32,19 @@ def devices(arguments: argparse.Namespace) -> int:
     heading = ("STATE", "ID", "NAME", "PORT", "DEVICE", "SERIAL", "CLASS", "DRIVER", "WHERE")
     show.table(heading, [_device_row(row) for row in rows])
     for row in rows:
+        name = _label(row)
         if row["state"] != "bound":
-            show.line(f"{row['name'] or row['key']}: {row['state']}: {row['text']}")
+            show.line(f"{name}: {row['state']}: {row['text']}")
+        for volume in (each for instance in row["instances"] for each in instance["volumes"]):
+            if volume["mountpoint"] is not None:
+                show.line(f"{name}: {_volume(volume)}")
     return 0
+
+
+def _label(row: Row) -> str:
+    """What a device is called in a sentence; one that is away has only its instance's name."""
+    instances = list(row["instances"]) if row["state"] == "away" else []
+    return str(row["name"] or (instances[0]["name"] if instances else row["key"]))
 
 
 def _device_row(row: Row) -> tuple[object, ...]:
@@ -140,8 +150,18 @@ def _said_of(row: Row) -> Iterator[str]:
         part = "" if each["interface"] is None else f", interface {each['interface']}"
         state = "" if each["state"] == "ACTIVE" else f", {each['state']}"
         yield f"{name}{part}: {each['driver']} serves it as {each['name']}{state}: {each['path']}"
+        for volume in each["volumes"]:
+            if volume["mountpoint"] is not None:
+                yield f"{name}: {_volume(volume)}"
     if row["state"] != "bound":
         yield f"{name}: {row['state']}: {row['text']}"
+
+
+def _volume(row: Row) -> str:
+    """A mounted volume in a sentence."""
+    what = f"{row['label'] or row['export']} ({row['filesystem'] or 'mounted'})"
+    state = "" if row["state"] == "ACTIVE" else f", {row['state']}: {row['text']}"
+    return f"{what} is mounted on {row['mountpoint']}{state}"
 
 
 def _daemon(arguments: argparse.Namespace) -> client.Connection:

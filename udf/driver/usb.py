@@ -36,6 +36,9 @@ class UsbDriver(FsDriver, BlockSource):
     async def start(self) -> None:
         """Make the device ready; the driver counts as ready when this returns. Optional."""
 
+    async def eject(self) -> None:
+        """An operator takes the device out; `stop` follows. What was written has been flushed. Optional."""
+
     async def stop(self) -> None:
         """The driver is being stopped in an orderly way; the device may be gone already. Optional."""
 

@@ -15,6 +15,7 @@ import errno
 import os
 import stat
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from udf.fuse.mountinfo import Mount, find_mount, read_mountinfo
@@ -26,6 +27,7 @@ __all__ = [
     "MountOptions",
     "clean_stale",
     "find_mount",
+    "is_busy",
     "is_stale",
     "mount_by_fusermount",
     "mount_direct",
@@ -38,7 +40,7 @@ FSTYPE = f"fuse.{SUBTYPE}"  # never `udf`: that is the kernel's Universal Disk F
 HELPER = "fusermount3"
 
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 1, 2, 4, 8, 1024
-_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_MNT_DETACH, _MNT_EXPIRE, _UMOUNT_NOFOLLOW = 2, 4, 8
 
 _STACKED = 64  # more mounts than this at one mountpoint are not ours to clean up
 
@@ -149,6 +151,26 @@ def mount_by_fusermount(mountpoint: str, options: MountOptions, timeout: float =
         return descriptors[0]
     reason = text or ("no answer in time" if code is None else f"{HELPER} exited with status {code}")
     raise MountError(f"cannot mount on {mountpoint}: {reason}", errno.ETIMEDOUT if code is None else _errno_in(text))
+
+
+def is_busy(mountpoint: str) -> bool:
+    """Whether an unmount would find what is top-most there in use. Only root is told; for others nothing is.
+
+    umount2 with MNT_EXPIRE answers EBUSY, or marks a mount that is not in use and answers EAGAIN; the second time in a
+    row it would unmount it. Whoever lets go of the mount wipes the mark out: we do, before and after.
+    """
+    path = _path(mountpoint)
+    _touch(mountpoint)
+    try:
+        return _system_call("umount2", path, _UMOUNT_NOFOLLOW | _MNT_EXPIRE) == errno.EBUSY
+    finally:
+        _touch(mountpoint)
+
+
+def _touch(mountpoint: str) -> None:
+    """Take the mount and let it go; its root is in the kernel, and nobody is asked for it."""
+    with suppress(OSError):
+        os.close(os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
 def unmount(mountpoint: str, lazy: bool = False) -> None:

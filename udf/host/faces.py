@@ -72,16 +72,17 @@ async def start(driver: Any, path: str) -> None:
         raise failure(path, "could not be started", exc) from exc
 
 
-async def stop(driver: Any) -> None:
-    """The author's `stop`, if there is one; bounded in time, and what goes wrong in it is only printed."""
-    hook = getattr(driver, "stop", None)
-    if hook is None:
-        return
-    with trio.move_on_after(STOP_TIMEOUT, shield=True):
-        try:
-            await hook()
-        except Exception:
-            traceback.print_exc()
+async def stop(driver: Any, *, eject: bool) -> None:
+    """The author's `eject`, if that is asked for, and `stop`, as far as there are such; each bounded in time, and what
+    goes wrong in it is only printed."""
+    for hook in (getattr(driver, "eject", None) if eject else None, getattr(driver, "stop", None)):
+        if hook is None:
+            continue
+        with trio.move_on_after(STOP_TIMEOUT, shield=True):
+            try:
+                await hook()
+            except Exception:
+                traceback.print_exc()
 
 
 def server(driver: Any, face: str, link: int, report: Report) -> Callable[[], Awaitable[None]]:

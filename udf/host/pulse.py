@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -90,7 +91,7 @@ class Pulse:
     """Watches one loop. A loop that is idle costs one wake-up per heartbeat."""
 
     def __init__(
-        self, supervisor: Supervisor, interval: float, token: trio.lowlevel.TrioToken, stop: Callable[[], None]
+        self, supervisor: Supervisor, interval: float, token: trio.lowlevel.TrioToken, stop: Callable[[bool], None]
     ) -> None:
         self._supervisor = supervisor
         self._interval = max(_MIN_INTERVAL, interval)
@@ -132,7 +133,7 @@ class Pulse:
         if message is None:
             os._exit(1)  # nothing of a driver outlives the supervisor that it serves
         if isinstance(message, messages.Stop):
-            self._on_loop(self._stop)
+            self._on_loop(partial(self._stop, message.eject))
 
     def _on_loop(self, call: Callable[[], None]) -> None:
         try:

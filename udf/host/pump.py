@@ -23,9 +23,12 @@ import pyfuse3
 import trio
 from trio.lowlevel import ParkingLot, checkpoint
 
+from udf.host.at_once import AtOnce, Found
+
 DIRECT_WAIT = 0.002  # seconds that the link is waited for while trio's loop stands still
 FAIR_SUSPENDED = 0.0005  # seconds between two passes through trio while handlers are suspended
 FAIR = 0.005  # and while none is
+STREAMING = 0.01  # seconds after a read that was answered at once
 
 _Worker = Callable[..., Awaitable[None]]
 
@@ -38,8 +41,10 @@ class Pump:
         self._queued = 0  # workers that wait for the lock; one more holds it and waits for the link
         self._fresh = False  # a worker was started and has not run yet
         self._closing = False
+        self._answered = 0.0  # when something was answered at once
         self._passed = 0.0  # when trio's scheduler last ran for us
         self._poll: Callable[[float], list[tuple[int, int]]] | None = None
+        self.at_once: AtOnce | None = None  # answers what libfuse need not see
 
     def install(self) -> None:
         """Have pyfuse3 wait through this object."""
@@ -74,9 +79,17 @@ class Pump:
         trio.lowlevel.notify_closing(fd)
 
     async def _wait_readable(self, fd: int) -> None:
+        while not await self._is_for_libfuse(fd):
+            pass
+
+    async def _is_for_libfuse(self, fd: int) -> bool:
+        """Wait for the next request; False if it was answered at once."""
         now = perf_counter()
         suspended = self._workers - 1 - self._queued
         # pyfuse3 starts a worker for each request during which none is idle: the new one must run to count as idle.
+        at_once = self.at_once
+        if at_once is not None:
+            suspended += at_once.waiting
         if self._fresh or now - self._passed > (FAIR_SUSPENDED if suspended else FAIR):
             self._fresh = False
             await checkpoint()
@@ -88,10 +101,22 @@ class Pump:
             epoll = select.epoll()
             epoll.register(fd, select.EPOLLIN)
             poll = self._poll = epoll.poll
-        if poll(0) or (suspended <= 0 and poll(DIRECT_WAIT)):
-            return
-        await trio.lowlevel.wait_readable(fd)
-        self._passed = perf_counter()
+        if at_once is None:
+            if not poll(0) and (suspended > 0 or not poll(DIRECT_WAIT)):
+                await trio.lowlevel.wait_readable(fd)
+                self._passed = perf_counter()
+            return True
+        found = at_once.look()
+        if found is Found.OTHER:
+            return True
+        if found is Found.ANSWERED:
+            self._answered = now
+            return False
+        # While a file is read, what comes next may be the driver's own: bytes that it reads ahead.
+        if suspended > 0 or now - self._answered < STREAMING or not poll(DIRECT_WAIT):
+            await trio.lowlevel.wait_readable(fd)
+            self._passed = perf_counter()
+        return False
 
 
 class _Lock:

@@ -25,6 +25,7 @@ from udf.driver.fs import REQUIRED_VERBS, FsDriver, verbs_of
 from udf.driver.paths import PathOperations
 from udf.errors import ContractError, UserError
 from udf.host import faces, libfuse_log
+from udf.host.at_once import AtOnce
 from udf.host.guard import Guard
 from udf.host.load import instantiate, load_class
 from udf.host.progress import serve_on
@@ -50,8 +51,9 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
             raise UserError("the driver host was told something else than to start")
         cls = _load_class(start)
         face = faces.face_of(start.driver)
+        pump = Pump()
         if face == "files":
-            Pump().install()
+            pump.install()
         os.read(told, 1)
         os.close(told)
         if link is None:
@@ -71,6 +73,9 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
     life = _Life(supervisor, driver, start)
     if operations is None:
         return life.run(faces.server(driver, face, link, supervisor.report_fault))
+    read_now = getattr(operations, "read_now", None)
+    if read_now is not None:
+        pump.at_once = AtOnce(link, read_now)
     try:
         # An existing descriptor as mountpoint: libfuse mounts nothing and takes no mount options.
         serve_on(link)
@@ -84,6 +89,9 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
         # pyfuse3 says so when the shim has closed its end, which is how a mount ends; else it is the driver's death.
         if not _is_closed(link):
             raise
+    finally:
+        if pump.at_once is not None:
+            pump.at_once.close()
     return 0
 
 
@@ -107,6 +115,7 @@ class _Life:
         self._supervisor = supervisor
         self._driver = driver
         self._start = start
+        self._ejects = False  # the device is about to be taken out
         self._has_hooks = start.driver.kind != "fs"
         self._terminate: Callable[[], None] = pyfuse3.terminate
 
@@ -118,9 +127,10 @@ class _Life:
             await pyfuse3.main()
 
         async def finish() -> None:
-            if isinstance(operations, PathOperations):
+            last = operations.finish if isinstance(operations, PathOperations) else getattr(operations, "stop", None)
+            if last is not None:
                 with trio.move_on_after(FINISH_TIMEOUT, shield=True):
-                    await operations.finish()
+                    await last()
 
         return trio.run(self._run, serve, finish)
 
@@ -155,7 +165,7 @@ class _Life:
                 nursery.cancel_scope.cancel()
                 await finish()
                 if self._has_hooks:
-                    await faces.stop(self._driver)
+                    await faces.stop(self._driver, eject=self._ejects)
         return 0
 
     async def _start_driver(self) -> int | None:
@@ -168,7 +178,8 @@ class _Life:
                 return _fail(self._supervisor, exc)
         return 0 if scope.cancel_called else None
 
-    def _end(self) -> None:
+    def _end(self, eject: bool) -> None:
+        self._ejects = eject
         self._terminate()
 
     async def _end_on_sigterm(self, task_status: trio.TaskStatus[None]) -> None:
@@ -197,6 +208,8 @@ def _load_class(start: messages.Start) -> type:
 def _make(start: messages.Start, cls: type, fds: list[int]) -> Any:
     path = start.driver.path
     attributes: dict[str, Any] = {}
+    if start.read_only and hasattr(cls, "read_only"):
+        attributes["read_only"] = True
     if start.device is not None:
         if not fds:
             raise UserError(f"{path}: the driver was started without the connection to its device")

@@ -34,7 +34,7 @@ from udf.shim.columns import SlotsExhausted
 from udf.shim.graph import OPEN_FLAGS_SHIFT, OPENED_DIR, ROOT
 from udf.shim.handles import Handle
 from udf.shim.inflight import Pending
-from udf.shim.nodes import FOREVER, Admitted, BadEntry
+from udf.shim.nodes import FOREVER, Admitted, BadEntry, is_fleeting
 from udf.shim.open_files import FOPEN_ALLOWED, NEEDED, open_reply
 from udf.shim.request_names import NAME_AT
 from udf.shim.requests import negative
@@ -101,12 +101,14 @@ def _lookup(s: Service, pending: Pending, size: int) -> int:
     name = name_in(pending)
     if not _U64.unpack_from(buffer, OUT)[0]:
         valid = min(_U64.unpack_from(buffer, OUT + 16)[0], FOREVER)
-        if valid or s.exclusive:
-            remember_negative(s, pending.node_id, name, monotonic() + (FOREVER if s.exclusive else valid))
+        if s.exclusive and not is_fleeting(valid, _U32.unpack_from(buffer, OUT + 32)[0]):
+            valid = FOREVER
+        if valid:
+            remember_negative(s, pending.node_id, name, monotonic() + valid)
         gone = s.nodes.unlink(pending.slot, name)
         if gone:
             s.nodes.release(gone)
-        buffer[OUT : OUT + ENTRY_OUT.size] = negative(FOREVER if s.exclusive else valid)
+        buffer[OUT : OUT + ENTRY_OUT.size] = negative(valid)
         return size
     s.unsettled = pending.slot, name, _admit(s, pending.slot, name)
     return size

@@ -153,9 +153,10 @@ class NodeTable(Graph):
             new = driver_id
         buffer[attr_at + 84 : attr_at + 88] = _NO_FLAGS
         if keep_forever:
-            entry_until = attr_until = now + FOREVER
-            entry_valid = attr_valid = FOREVER
+            entry_valid = 0 if is_fleeting(entry_valid, entry_ns) else FOREVER
+            attr_valid = FOREVER
             entry_ns = attr_ns = 0
+            entry_until, attr_until = now + entry_valid, now + FOREVER
         else:
             if entry_valid > FOREVER or attr_valid > FOREVER:
                 entry_valid, attr_valid = min(entry_valid, FOREVER), min(attr_valid, FOREVER)
@@ -243,6 +244,16 @@ class NodeTable(Graph):
         return 0
 
 
+def is_fleeting(seconds: int, nanoseconds: int) -> bool:
+    """Whether a driver means that a name is good for this once, even where names are kept as long as the mount.
+
+    None at all would be what drivers say that do not care. A driver for which several spellings are one name says so of
+    those that its directory does not have, and of what is missing: nobody could tell the kernel when that ends.
+    """
+    return not seconds and 0 < nanoseconds <= _FLEETING
+
+
+_FLEETING = 1_000_000  # ns
 _NO_FLAGS = bytes(4)
 _KINDS = frozenset((stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK))
 

@@ -13,13 +13,20 @@ import trio
 class Bell:
     """Rung after every change; waiters look again."""
 
-    def __init__(self) -> None:
+    def __init__(self, rings: Bell | None = None) -> None:
+        """`rings`: another one that is rung with it."""
         self._rung = trio.Event()
+        self._rings = rings
+        self.listeners: list[Callable[[], None]] = []  # called at each ring; they must not block
 
     def ring(self) -> None:
         """Something has changed."""
         self._rung.set()
         self._rung = trio.Event()
+        if self._rings is not None:
+            self._rings.ring()
+        for told in self.listeners:
+            told()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when the condition is true."""

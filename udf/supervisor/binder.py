@@ -9,6 +9,9 @@ Level-triggered: whatever happens (arrival, removal, a driver's file, a rule, th
 rings; each pass computes from what is there now what should run, and starts or ends the difference. So it does not
 matter which event it was, whether it came twice, or whether it came at all: a slow look heals what was lost.
 
+A device that was pulled out while somebody used what is on it may come back: its tenant is kept, and what arrives and
+looks like its device is offered to it before anything is begun anew.
+
 What serves goes on serving: a better driver that appears later gets the device at its next plug. Only the operator's
 word (a rule, a disabled driver) takes a device away from a driver that has it.
 """
@@ -25,14 +28,24 @@ from udf.manifest import Manifest
 from udf.supervisor import naming
 from udf.supervisor.bell import Bell
 from udf.supervisor.instance import EventLog, Instance, Reason, State
+from udf.supervisor.lease import Lease
 from udf.supervisor.naming import Identity, Numbers
 from udf.supervisor.offers import Offer
-from udf.supervisor.rebinding import may_begin, may_stay, retry_delay
+from udf.supervisor.rebinding import (
+    Absent,
+    is_replaced,
+    is_taken_over,
+    may_begin,
+    may_stay,
+    retry_delay,
+    whose_device,
+)
 from udf.supervisor.tenants import Endpoint, Failure, Known, Present, Starter, Tenant
-from udf.usb.matching import Binding, Verdict, wanted
+from udf.usb.matching import Binding, DeviceFacts, Verdict, wanted
 
 LOOK = 10.0  # for events that were lost
 NAME_WAIT = 10.0  # for the end of what had the name before; then the device gets another one
+EJECTED = "it was ejected and may be pulled out; plugged in again it is served again"
 HEALTHY = 60.0  # what served so long may fail as often as a new one
 _FINAL = (Reason.OPERATOR, Reason.EXTERNAL, Reason.SHUTDOWN)  # somebody wanted the end: it is not started again
 
@@ -95,8 +108,10 @@ class Binder:
         for tenant in self.tenants:
             if tenant.binding.key not in present:
                 tenant.lease.end()
-                tenant.stopping.set()
                 self._unlink(tenant)  # its name may be wanted for what comes in its place
+        for tenant in self._absent():
+            if any(is_replaced(_as_absent(tenant), each.facts) for each in present.values()):
+                self._lose(tenant, "another device was plugged in in its place")
         for key in [key for key in self.known if key not in present]:
             self._forget(self.known.pop(key))
         verdicts = wanted(
@@ -120,6 +135,8 @@ class Binder:
             if self._closing or not may_begin(binding, [tenant.binding for tenant in mine], known.is_shared):
                 continue
             failure = known.failures.get((binding.interface, binding.driver.name))
+            if (binding.interface, binding.driver.name) in known.ejected:
+                continue
             if failure is not None and (failure.driver, failure.options) == (binding.driver, binding.options):
                 if failure.again is None:
                     continue
@@ -128,23 +145,73 @@ class Binder:
                     continue
             if not mine:
                 known.is_shared = len(verdict.bindings) > 1
-            mine.append(self._begin(binding, present, known.is_shared))
+            loser = self._who_has_lost(binding, present)
+            if loser is None:
+                mine.append(self._begin(binding, present, known.is_shared))
+            elif not loser.is_returning:  # else it is about to learn that what it looks at is gone again
+                self._give_back(loser, binding, present, known.is_shared)
+                mine.append(loser)
         self._describe(known, mine, verdict)
         return again
 
+    # ---- devices that were pulled out and may come back
+
+    def _absent(self) -> list[Tenant]:
+        return [tenant for tenant in self.tenants if tenant.is_absent]
+
+    def _who_has_lost(self, binding: Binding, present: Present) -> Tenant | None:
+        """The driver whose device this may be."""
+        absent = self._absent()
+        number = whose_device(binding, present.facts, [_as_absent(each) for each in absent])
+        return None if number is None else absent[number]
+
+    def _give_back(self, tenant: Tenant, binding: Binding, present: Present, shared: bool) -> None:
+        """Offer it a device."""
+        before = tenant.binding, tenant.facts, tenant.lease
+        tenant.binding, tenant.facts, tenant.lease = binding, present.facts, present.lease(binding, shared)
+        tenant.is_returning = True
+        self._nursery.start_soon(self._return, tenant, before)
+
+    async def _return(self, tenant: Tenant, before: tuple[Binding, DeviceFacts, Lease]) -> None:
+        assert tenant.endpoint is not None
+        taken = False
+        try:
+            taken = await tenant.endpoint.take_back(tenant.lease)
+        except Exception:  # the border: as at a start
+            log.exception("%s: giving it its device back failed by our own mistake", tenant.name)
+            tenant.endpoint.lose(Reason.CHANGED, "the supervisor made a mistake: see its log")
+        tenant.is_returning = False
+        if taken:
+            tenant.by_id = self._name_by_id(tenant)
+            self._link(tenant)
+        else:
+            tenant.refused.add(tenant.binding.key)
+            tenant.binding, tenant.facts, tenant.lease = before
+        self.bell.ring()
+        self.poke()
+
+    def _lose(self, tenant: Tenant, why: str) -> None:
+        assert tenant.endpoint is not None
+        tenant.endpoint.lose(Reason.CHANGED, why)
+
+    # ---- new tenants
+
     def _begin(self, binding: Binding, present: Present, shared: bool) -> Tenant:
+        for tenant in self._absent():
+            if is_taken_over(_as_absent(tenant), binding, present.facts):
+                self._lose(tenant, "what was plugged in again is not what was pulled out")
         tenant = Tenant(binding, present.facts, present.lease(binding, shared))
         taken = self._names_of_present()
         tenant.name = self._name(tenant, taken)
-        tenant.by_id = naming.by_id(
-            _identity(tenant),
-            tenant.facts.manufacturer,
-            tenant.facts.product_name,
-            {each.by_id for each in self.tenants if not each.lease.gone},  # those of the gone are free at once
-        )
+        tenant.by_id = self._name_by_id(tenant)
         self.tenants.append(tenant)
         self._nursery.start_soon(self._serve, tenant)
         return tenant
+
+    def _name_by_id(self, tenant: Tenant) -> str:
+        # Those of the gone are free at once.
+        taken = {each.by_id for each in self.tenants if each is not tenant and not each.lease.gone}
+        return naming.by_id(_identity(tenant), tenant.facts.manufacturer, tenant.facts.product_name, taken)
 
     def _name(self, tenant: Tenant, taken: set[str]) -> str:
         while True:
@@ -171,7 +238,7 @@ class Binder:
     async def _serve(self, tenant: Tenant) -> None:
         try:
             await self._wait_for_name(tenant)
-            if tenant.stopping.is_set():
+            if tenant.stopping.is_set() or tenant.lease.gone:
                 tenant.lease.close()
             else:
                 await self._start_and_watch(tenant)
@@ -188,7 +255,7 @@ class Binder:
 
         if is_free():
             return
-        free = await self.bell.within(NAME_WAIT, lambda: is_free() or tenant.stopping.is_set())
+        free = await self.bell.within(NAME_WAIT, lambda: is_free() or tenant.stopping.is_set() or tenant.lease.gone)
         if not free:
             old, tenant.name = tenant.name, ""
             tenant.name = self._name(tenant, {each.name for each in self.tenants})
@@ -210,6 +277,7 @@ class Binder:
             self._failed(tenant, f"the supervisor made a mistake ({type(exc).__name__}): see its log", served=0.0)
             return
         tenant.endpoint = endpoint
+        endpoint.listen(self.bell.ring)
         began = trio.current_time()
         self._link(tenant)
         self.bell.ring()
@@ -221,7 +289,7 @@ class Binder:
                 nursery.cancel_scope.cancel()
         finally:
             self._unlink(tenant)
-        if not tenant.lease.gone and not tenant.stopping.is_set():
+        if not tenant.lease.gone and not tenant.stopping.is_set() and not tenant.is_returning:
             final = endpoint.instance.reason in _FINAL
             self._failed(tenant, endpoint.instance.text, trio.current_time() - began, final=final)
 
@@ -274,6 +342,7 @@ class Binder:
                 instance.change(State.ACTIVE, Reason.BOUND, text)
         elif not mine:
             text = next((failure.text for failure in known.failures.values()), "") or verdict.text
+            text = EJECTED if known.ejected else text
             if instance.state is not State.FAILED:
                 instance.change(State.FAILED, Reason.NO_DRIVER, text)
             elif instance.text != text:
@@ -281,8 +350,8 @@ class Binder:
                 instance.tell("device", Reason.NO_DRIVER, text)
 
     def tenants_of(self, key: str) -> list[Tenant]:
-        """Those of one device, in the order of their start."""
-        return [tenant for tenant in self.tenants if tenant.binding.key == key]
+        """Those of one device, in the order of their start; not those who wait until it comes back."""
+        return [tenant for tenant in self.tenants if tenant.binding.key == key and not tenant.is_waiting]
 
     def failures_of(self, key: str) -> Iterator[tuple[str, int | None, str, bool]]:
         """Driver, interface, sentence and whether it is tried again, of each binding of a device that did not hold."""
@@ -295,10 +364,18 @@ class Binder:
         seen = self._passes  # a pass that may have begun before the device came says nothing
 
         def is_quiet() -> bool:
-            return self._passes > seen and all(tenant.serves for tenant in self.tenants_of(key))
+            is_due = self._poked.is_set()  # a driver may just have found that this is not its device
+            return self._passes > seen and not is_due and all(tenant.serves for tenant in self.tenants_of(key))
 
         self.poke()
         return await self.bell.within(seconds, is_quiet)
+
+    def eject(self, tenant: Tenant, ejected: bool = True) -> None:
+        """An operator ends it, and its driver does not get the device again before the next plug (or all the same)."""
+        known = self.known.get(tenant.binding.key)
+        if known is not None:
+            slot = (tenant.binding.interface, tenant.binding.driver.name)
+            (known.ejected.add if ejected else known.ejected.discard)(slot)
 
     def retry(self, key: str) -> None:
         """An operator asks: forget what failed."""
@@ -306,6 +383,10 @@ class Binder:
         if known is not None:
             known.failures.clear()
             self.poke()
+
+
+def _as_absent(tenant: Tenant) -> Absent:
+    return Absent(tenant.facts, tenant.binding, tenant.refused)
 
 
 def _services(driver: Manifest) -> tuple[str, str]:

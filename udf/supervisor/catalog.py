@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from udf.supervisor.spawn import Identity
 LOOKUP_TIMEOUT = 10.0
 NOFILE = 65536  # a driver that mirrors a tree keeps a descriptor for each file that the kernel knows
 _NO_TREES = ("none", "file", "url", "block")
+_BLOCK_SERVICES = ("nbd://", "nbd+unix://")
 _THREADS = 8  # for look-ups alone, so that hanging ones use up nobody else's threads
 
 T = TypeVar("T")
@@ -93,6 +94,8 @@ class Driver:
             return source
         if kind == "url" and "://" not in source:
             raise UserError(f"the source {source} is not a URL, which is what the driver {self.name} serves")
+        if kind == "block" and source.startswith(_BLOCK_SERVICES):
+            return source
         if kind != "url" and not source.startswith("/"):
             raise UserError(f"the source {source} must be an absolute path")
         return source
@@ -133,19 +136,32 @@ async def find(name: str, *, trusted_only: bool, kinds: Collection[str] = ("fs",
     return from_manifest(found)
 
 
-async def for_filesystem(filesystem: str, *, trusted_only: bool) -> str:
-    """The name of the one driver whose manifest says that it mounts such a filesystem."""
+async def for_filesystem(filesystem: str, *, trusted_only: bool) -> Driver:
+    """The one driver whose manifest says that it mounts such a filesystem; one that takes a block service before one
+    that takes a file, because it lives through an unplug."""
     trust = Trust(0, 0) if trusted_only else Trust.own()
-    found, _ = await in_thread(lambda: manifests.list_drivers(trust), "the search path")
-    fitting = [each.name for each in found if filesystem in each.filesystems]
+
+    def look() -> list[Manifest]:
+        fitting = fitting_for(filesystem, manifests.list_drivers(trust)[0])
+        if len(fitting) == 1:
+            manifests.check_requires(fitting[0])
+        return fitting
+
+    fitting = await in_thread(look, "the search path")
     if len(fitting) == 1:
-        return fitting[0]
+        return from_manifest(fitting[0])
     which = (
-        f"{len(fitting)} drivers mount {filesystem} ({', '.join(fitting)})"
+        f"{len(fitting)} drivers mount {filesystem} ({', '.join(each.name for each in fitting)})"
         if fitting
-        else (f"no driver here mounts {filesystem}")
+        else f"no driver here mounts {filesystem}"
     )
     raise UserError(f"{which}: say which one is meant with -t DRIVER (`udf drivers` lists them)")
+
+
+def fitting_for(filesystem: str, drivers: Iterable[Manifest]) -> list[Manifest]:
+    """Those for a filesystem that come into question: if some take a block service, only they."""
+    fitting = [each for each in drivers if filesystem in each.filesystems]
+    return [each for each in fitting if each.source == "block"] or fitting
 
 
 def from_manifest(found: Manifest) -> Driver:

@@ -18,17 +18,20 @@ import trio
 from udf import __version__, messages
 from udf.errors import UserError
 from udf.supervisor import catalog, images, rights
+from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.client import INTERFACE, PROTOCOL
 from udf.supervisor.devicecalls import DeviceCalls
 from udf.supervisor.devices import Devices, NoDeviceError
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import Event, Instance
+from udf.supervisor.mounts import Mount
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import BusyError, StartFailedError
 from udf.supervisor.procfs import command_of
 from udf.supervisor.registry import MountRequest, NotFoundError, Registry
 from udf.supervisor.trace import Operation
 from udf.supervisor.varlink import SERVICE, Call, Server, Service, VarlinkError
+from udf.supervisor.volumes import Volumes
 
 MAX_EVENT_QUEUE = 1000  # events that wait for one client
 MAX_EVENT_BATCH = 100  # events in one reply
@@ -46,7 +49,13 @@ class _Which(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Unmount(_Which, forbid_unknown_fields=True):
+    device: str | None = None
     lazy: bool | None = None
+
+
+class _Eject(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    device: str
+    mountpoint: str | None = None
 
 
 class _Abort(_Which, kw_only=True, forbid_unknown_fields=True):
@@ -65,10 +74,17 @@ class Control:
     """The control interface of one supervisor. `nursery` carries what several calls share."""
 
     def __init__(
-        self, registry: Registry, nursery: trio.Nursery, *, devices: Devices | None = None, private: bool
+        self,
+        registry: Registry,
+        nursery: trio.Nursery,
+        *,
+        devices: Devices | None = None,
+        volumes: Volumes | None = None,
+        private: bool,
     ) -> None:
         self._registry = registry
-        self._devices = DeviceCalls(devices)
+        self._volumes = volumes or Volumes(registry, devices)
+        self._devices = DeviceCalls(devices, self._volumes)
         self._nursery = nursery
         self._private = private
 
@@ -79,6 +95,7 @@ class Control:
             "Mount": self._mount,
             "Attach": self._attach,
             "Unmount": self._unmount,
+            "Eject": self._eject,
             "Status": self._status,
             "Drivers": self._drivers,
             "Events": self._events,
@@ -122,7 +139,7 @@ class Control:
         request = call.parameters(MountRequest)
         if self._private:
             raise UserError("this supervisor serves one mount and takes no others: start `udf daemon` for that")
-        mount = await images.mount(self._registry, request, call.peer.identity)
+        mount = await self._volumes.mount(request, call.peer.identity)
         return {"name": mount.plan.name, "mountpoint": mount.plan.where}
 
     async def _attach(self, call: Call) -> object:
@@ -133,17 +150,28 @@ class Control:
         return {"name": endpoint.plan.name, "mountpoint": endpoint.plan.where}
 
     async def _unmount(self, call: Call) -> object:
-        wanted = call.parameters(_Unmount)
-        mount = self._find(call, wanted)
-        await self._registry.unmount(mount, lazy=bool(wanted.lazy))
-        return None
+        wanted, caller = call.parameters(_Unmount), call.peer.identity
+        lazy = bool(wanted.lazy)
+        if wanted.device is not None:
+            if wanted.name is not None or wanted.mountpoint is not None:
+                raise UserError("say which mount is meant once: by its device, its name or its mountpoint")
+            return {"mountpoints": await self._volumes.unmount(wanted.device, caller, lazy=lazy)}
+        endpoint = self._find(call, wanted)
+        if isinstance(endpoint, BlockEndpoint):
+            return {"mountpoints": await self._volumes.unmount_disk(endpoint, lazy=lazy)}
+        await self._registry.unmount(endpoint, lazy=lazy)
+        return {"mountpoints": [endpoint.plan.where]}
+
+    async def _eject(self, call: Call) -> object:
+        wanted = call.parameters(_Eject)
+        return await self._volumes.eject(wanted.device, wanted.mountpoint, call.peer.identity)
 
     async def _status(self, call: Call) -> object:
         mounts = self._mounts(call)
         rows: dict[int, dict[str, Any]] = {}
 
         async def describe(number: int, mount: Endpoint) -> None:
-            rows[number] = _describe(mount, await mount.counters())
+            rows[number] = _describe(mount, await mount.counters(), self._volumes.device_of(mount))
 
         async with trio.open_nursery() as nursery:
             for number, mount in enumerate(mounts):
@@ -266,7 +294,7 @@ def interface_description() -> str:
     return Path(__file__).with_name(f"{INTERFACE}.varlink").read_text("utf-8")
 
 
-def _describe(mount: Endpoint, counters: dict[str, int | float]) -> dict[str, Any]:
+def _describe(mount: Endpoint, counters: dict[str, int | float], device: str | None) -> dict[str, Any]:
     plan, instance = mount.plan, mount.instance
     return {
         "name": plan.name,
@@ -274,12 +302,13 @@ def _describe(mount: Endpoint, counters: dict[str, int | float]) -> dict[str, An
         "driver": plan.driver_name,
         "kind": mount.kind,
         "source": plan.source,
-        "device": None if plan.lease is None else sentence(plan.lease.name),
+        "device": device if plan.lease is None else sentence(plan.lease.name),
+        "volume": isinstance(mount, Mount) and mount.below is not None,
         "options": plan.asked_options,
         "uid": plan.owner.uid,
         "state": instance.state,
         "reason": instance.reason,
-        "text": instance.text,
+        "text": mount.text,
         "since": instance.since,
         "generation": mount.generation,
         "restarts_left": mount.recovery.restarts_left,

@@ -20,6 +20,7 @@ import trio
 
 from udf.supervisor import logs, paths, sockets
 from udf.supervisor.instance import Event
+from udf.supervisor.mediadir import MediaDirectory
 from udf.supervisor.notify import Notifier
 from udf.supervisor.places import Places
 from udf.supervisor.registry import Registry
@@ -31,10 +32,17 @@ from udf.usb.rules import read_rules
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-def main(socket_path: str | None = None, *, usbip: Sequence[str] = (), rules: str | None = None) -> int:
+def main(
+    socket_path: str | None = None,
+    *,
+    usbip: Sequence[str] = (),
+    rules: str | None = None,
+    automount: str | None = None,
+) -> int:
     """Run until a signal ends it; the exit code. UserError when another one listens there already.
 
-    `usbip` are the addresses of USB/IP servers, `rules` the file that is read instead of the usual ones.
+    `usbip` are the addresses of USB/IP servers, `rules` the file that is read instead of the usual ones, `automount`
+    the directory below which volumes are mounted by themselves (empty: the usual one).
     """
     for address in usbip:
         Address.parse(address)  # a mistake is told before anything is begun
@@ -48,7 +56,12 @@ def main(socket_path: str | None = None, *, usbip: Sequence[str] = (), rules: st
         home = sockets.home_of(path)
         lock = sockets.lock_home(home)
         try:
-            trio.run(_run, control, DaemonOptions(home, usbip, rules))
+            media = None if automount is None else MediaDirectory.take(home, automount)
+            try:
+                trio.run(_run, control, DaemonOptions(home, usbip, rules, media))
+            finally:
+                if media is not None:
+                    media.leave()
         finally:
             lock.release()
     finally:
@@ -82,7 +95,11 @@ async def _until_stopped(frame: Frame, notifier: Notifier) -> None:
         notifier.say(STOPPING=1, STATUS="Unmounting everything")
     if frame.devices is not None:
         frame.devices.binder.close()
+    if frame.automount is not None:
+        frame.automount.stop()
     await frame.registry.stop_all(frame.hurry)
+    if frame.automount is not None:
+        await frame.automount.close()
     if frame.devices is not None:
         await frame.devices.close()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,18 @@ import trio
 
 from udf.errors import UserError
 from udf.supervisor import sockets
-from udf.supervisor.binder import Binder
+from udf.supervisor.bell import Bell
+from udf.supervisor.binder import EJECTED, Binder
+from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.emulator import Emulator
-from udf.supervisor.instance import State
+from udf.supervisor.endpoint import Endpoint
+from udf.supervisor.instance import Reason, State
 from udf.supervisor.leases import Leases
 from udf.supervisor.offers import Offers
 from udf.supervisor.output import sentence
 from udf.supervisor.places import BY_ID
 from udf.supervisor.registry import Registry
+from udf.supervisor.spawn import Identity
 from udf.supervisor.starter import RegistryStarter
 from udf.supervisor.tenants import Known, Present, Tenant
 from udf.usb.bus import Bus, BusDevice
@@ -61,9 +65,11 @@ class Devices:
         self.root = runtime / "dev"
         self.by_id = self.root / BY_ID
         self._buses: list[Bus] = [UsbipBus(address, f"usbip:{address}") for address in map(Address.parse, usbip)]
+        self.listeners: list[Callable[[], None]] = []  # called when a bus, a driver's file or a rule has changed
         self._facts: dict[str, DeviceFacts] = {}  # read once for each arrival: a driver may configure it differently
         self._leases = Leases(nursery)
         self._nursery = nursery
+        self._registry = registry
         self.offers = Offers(rules, self._changed)
         self.binder = Binder(
             self._present, lambda: self.offers.now, RegistryStarter(registry, self.by_id), registry.events, nursery
@@ -89,6 +95,8 @@ class Devices:
 
     def _changed(self) -> None:
         self.binder.poke()
+        for listener in self.listeners:
+            listener()
 
     async def _run_bus(self, bus: Bus, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
@@ -122,8 +130,9 @@ class Devices:
         return found
 
     def rows(self) -> list[Row]:
-        """Every device as the interface describes it."""
-        return [self._row(known) for _, known in sorted(self.binder.known.items())]
+        """Every device as the interface describes it, and those that are away and waited for."""
+        away = [each for each in self.binder.tenants if each.is_absent and each.binding.key not in self.binder.known]
+        return [self._row(known) for _, known in sorted(self.binder.known.items())] + [*map(self._away, away)]
 
     def find(self, text: str) -> Known:
         """The device that is meant: by a driver's instance, its name, port, key, VENDOR:PRODUCT or serial number."""
@@ -162,19 +171,29 @@ class Devices:
             for each in (verdict.candidates if verdict is not None else ())
         ]
 
+    def facts_of(self, instance: str) -> DeviceFacts | None:
+        """Of the device that an instance serves, if it is one."""
+        return next((tenant.facts for tenant in self.binder.tenants if tenant.name == instance), None)
+
     def row(self, known: Known) -> Row:
         """One device as the interface describes it."""
         return self._row(known)
 
     def _row(self, known: Known) -> Row:
-        facts = known.facts
-        tenants = self.binder.tenants_of(facts.key)
+        tenants = self.binder.tenants_of(known.facts.key)
         word, text = self._state(known, tenants)
+        return self._describe(known.facts, known.name, word, text, tenants)
+
+    def _away(self, tenant: Tenant) -> Row:
+        text = f"it was pulled out while {tenant.name} was used: plug it in again to go on"
+        return self._describe(tenant.facts, "", "away", text, [tenant])
+
+    def _describe(self, facts: DeviceFacts, name: str, word: str, text: str, tenants: list[Tenant]) -> Row:
         return {
             "key": _shown(facts.key),
             "bus": _shown(facts.bus),
             "port": _shown(facts.port),
-            "name": _shown(known.name),
+            "name": _shown(name),
             "vendor": facts.vendor,
             "product": facts.product,
             "manufacturer": _shown(facts.manufacturer),
@@ -212,6 +231,8 @@ class Devices:
                     return "failed", broken[0].instance.text
                 return "bound", "; ".join([_names(tenants), *self._not_served(known, verdict, tenants)])
             return "starting", f"{tenants[0].binding.driver.name} starts"
+        if known.ejected:
+            return "ejected", EJECTED
         for driver, _, text, again in self.binder.failures_of(known.facts.key):
             after = (
                 "; it is tried again" if again else f": `udf replug`, or a change of the driver {driver}, tries again"
@@ -261,6 +282,20 @@ class Devices:
         """What goes wrong with an emulated device from now on."""
         await self._emulator.command("faults", name=self._emulated(text)[0], faults=list(rules))
 
+    async def eject(self, disk: Endpoint) -> None:
+        """End the driver of a block device in order, so that the device may be pulled out. BusyError: it goes on."""
+        tenant = next((each for each in self.binder.tenants if each.name == disk.plan.name), None)
+        if tenant is None:
+            raise NoDeviceError(f"{disk.plan.name} is no device that is plugged in")
+        self.binder.eject(tenant)
+        try:
+            disk.recovery.eject()
+            await disk.unmount(Reason.OPERATOR, lazy=False)
+        except BaseException:
+            self.binder.eject(tenant, disk.is_gone)
+            raise
+        await self.binder.bell.within(BINDING_WAIT, lambda: tenant not in self.binder.tenants)
+
     def _emulated(self, text: str) -> tuple[str, str]:
         """The name and port of the emulated device that is meant; one that is out just now has no port."""
         try:
@@ -292,8 +327,20 @@ class Devices:
         def is_gone() -> bool:
             return not keys & self._present().keys() and not any(self.binder.tenants_of(key) for key in keys)
 
+        # The binder need not hear of it when all is done for a device that is waited for; its endpoint does.
+        names = {tenant.name for key in keys for tenant in self.binder.tenants_of(key)}
+        disks = [each for each in self._registry.endpoints(Identity.own()) if isinstance(each, BlockEndpoint)]
+        bells = [self.binder.bell, *(each.bell for each in disks if each.plan.name in names)]
         self.binder.poke()
-        await self.binder.bell.within(BINDING_WAIT, is_gone)
+        with trio.move_on_after(BINDING_WAIT):
+            async with trio.open_nursery() as nursery:
+
+                async def listen(bell: Bell) -> None:
+                    await bell.until(is_gone)
+                    nursery.cancel_scope.cancel()
+
+                for bell in bells:
+                    nursery.start_soon(listen, bell)
 
     async def _ensure_emulated_bus(self) -> None:
         if not any(bus.name == EMULATED for bus in self._buses):

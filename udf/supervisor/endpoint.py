@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import closing
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,14 +20,17 @@ import trio
 from udf import messages
 from udf.errors import UserError
 from udf.supervisor import spawn
+from udf.supervisor.absence import NEVER, UNPLUGGED
 from udf.supervisor.bell import Bell
 from udf.supervisor.child import REAP_TIMEOUT
 from udf.supervisor.generation import Generation
 from udf.supervisor.hosts import TERM_GRACE
 from udf.supervisor.instance import EventLog, Instance, Reason, State
+from udf.supervisor.lease import Lease
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import HEARTBEAT, DriverPlan, StartFailedError
-from udf.supervisor.recovery import LAST_WORDS, Recovery, stop_grace
+from udf.supervisor.recovery import Recovery
+from udf.supervisor.succession import LAST_WORDS, stop_grace
 
 if TYPE_CHECKING:
     from udf.supervisor.front import Front
@@ -43,7 +47,8 @@ class Endpoint(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, plan: DriverPlan, events: EventLog, reaper: trio.Nursery) -> None:
+    def __init__(self, plan: DriverPlan, events: EventLog, reaper: trio.Nursery, rings: Bell | None = None) -> None:
+        """`rings`: the bell of what it depends on, which hears of every change here."""
         self.plan = plan
         self.driver = Instance(plan.name, "driver", events)
         self.shim: Instance | None = None  # the process of its front, if that is one
@@ -52,11 +57,11 @@ class Endpoint(ABC):
         self.ended = trio.Event()
         self._events = events
         self._reaper = reaper
-        self._bell = Bell()
+        self._bell = Bell(rings)
         self._front = self._make_front()
         needs = [self.driver, self.shim] if self.shim is not None else [self.driver]
         self.instance = Instance(plan.name, self.kind, events, needs=needs)
-        self.recovery = Recovery(plan, self.instance, self.driver, self._front, self._bell, self._fault)
+        self.recovery = Recovery(plan, self.instance, self.driver, self._front, self._bell, self._fault, self)
         self._stopping: Reason | None = None
         self._is_open = False  # the front was told to serve
         self._is_let = True  # the driver may be told to serve
@@ -74,6 +79,11 @@ class Endpoint(ABC):
     def is_lazy(self) -> bool:
         """Whether it is out of the tree already and only serves what is still open."""
         return False
+
+    @property
+    def text(self) -> str:
+        """Its state as a sentence, as that is now."""
+        return self.instance.text
 
     @property
     def is_gone(self) -> bool:
@@ -113,7 +123,7 @@ class Endpoint(ABC):
                         await self._start_dependants(nursery)
                         self.was_started = True
                         task_status.started()
-                        await self._bell.until(lambda: self._front.is_over or self.recovery.is_detached)
+                        await self._bell.until(lambda: self._front.is_over or self.recovery.absence.is_lost)
                         await self._linger()
                 finally:
                     with trio.CancelScope(shield=True):
@@ -215,8 +225,8 @@ class Endpoint(ABC):
             word, text = problem.reason, str(problem)
         elif cancelled:
             word, text = Reason.OPERATOR, "given up while it started"
-        elif self.recovery.is_detached:
-            word, text = Reason.UNPLUGGED, "the device was unplugged"
+        elif self.recovery.absence.loss is not None and self.recovery.absence.is_lost:
+            word, text = self.recovery.absence.loss
         else:
             word, text = self._why_gone()
         for instance in (*reversed(self.instance.needs), self.instance):
@@ -233,6 +243,55 @@ class Endpoint(ABC):
     @abstractmethod
     def _why_gone(self) -> tuple[Reason, str]:
         """Why it is over."""
+
+    # ---- while its device is away
+
+    def waits_until(self) -> float:
+        """See Waiter. What has no volumes is of no use to anybody without its device."""
+        return NEVER
+
+    def patience(self) -> tuple[float, float]:
+        """See Waiter."""
+        return 0.0, 0.0
+
+    async def tell_dependants(self) -> None:
+        """See Waiter."""
+
+    def expect_dependants(self, expected: bool) -> None:
+        """See Waiter."""
+
+    def recall_dependants(self) -> None:
+        """See Waiter."""
+
+    def why_given_up(self) -> tuple[Reason, str]:
+        """See Waiter."""
+        return Reason.UNPLUGGED, UNPLUGGED
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` when anything of it may have changed."""
+        self._bell.listeners.append(told)
+
+    @property
+    def may_return(self) -> bool:
+        """Whether it goes on if its device, which is gone, is plugged in again now."""
+        return False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its device is away and waited for, and all that follows from the unplug has been done."""
+        return self.may_return and self.recovery.absence.is_settled
+
+    async def take_back(self, lease: Lease) -> bool:
+        """This may be the device that is away: whether it is, and is served again. The lease is closed here."""
+        return await self.recovery.absence.offer(lease)
+
+    def lose(self, reason: Reason, text: str) -> None:
+        """Its device will not come back, or is not to be waited for: it ends, without waiting for anything."""
+        self.recovery.absence.lose(reason, self._in_better_words(reason, text))
+
+    def _in_better_words(self, reason: Reason, text: str) -> str:
+        """If a device was refused, what was wrong with it is what people want to know."""
+        return self.recovery.absence.refusal or text if reason is Reason.CHANGED else text
 
     # ---- watching
 

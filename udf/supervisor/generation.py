@@ -16,6 +16,7 @@ from udf import messages
 from udf.supervisor import procfs, restart, spawn
 from udf.supervisor.bell import Bell
 from udf.supervisor.instance import EventLog, Instance
+from udf.supervisor.lease import Lease
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.plan import DriverPlan
 from udf.supervisor.process import Process
@@ -30,7 +31,9 @@ log = logging.getLogger("udf.mounts")
 class Generation:
     """A driver host. It has no link, and has touched nothing of its source, until `serve`."""
 
-    def __init__(self, plan: DriverPlan, bell: Bell, on_fault: Callable[[str, str], bool]) -> None:
+    def __init__(
+        self, plan: DriverPlan, bell: Bell, on_fault: Callable[[str, str], bool], lease: Lease | None = None
+    ) -> None:
         self.plan = plan
         # Not the endpoint's driver instance, which lives longer than any process; its events are nobody's.
         self.instance = Instance(plan.name, "driver", EventLog())
@@ -43,10 +46,12 @@ class Generation:
         self.traceback: list[str] = []  # of the last mistake that it survived
         self._resident: int | None = None  # bytes, as last seen
         self.stopping = False  # it was told to end
+        self.ejects = False  # and is to be told that its device is taken out
         self._bell = bell
         self._on_fault = on_fault
+        self._lease = lease  # of its device, as that is plugged in now
         self._is_spare = False
-        self._was_told = False
+        self.was_told = False  # it may have touched its source
         self._serving_since: float | None = None
         self._ended_at: float | None = None
 
@@ -62,15 +67,19 @@ class Generation:
             self._ended_at = trio.current_time()
         self._bell.ring()
 
+    @property
+    def _device(self) -> messages.DeviceSpec | None:
+        return None if self._lease is None else self._lease.spec
+
     async def prepare(self) -> None:
         """Make it a spare: it gets as far as it can without link and source."""
         self._is_spare = True
-        await self.process.send(self.plan.start_message(spare=True))
+        await self.process.send(self.plan.start_message(spare=True, device=self._device))
 
     async def serve(self, *fds: int) -> None:
         """Give it link, device and state store; from now on it may touch its source. `ready` or trouble follow."""
-        self._was_told = True
-        message = messages.TakeOver() if self._is_spare else self.plan.start_message()
+        self.was_told = True
+        message = messages.TakeOver() if self._is_spare else self.plan.start_message(device=self._device)
         await self.process.send(message, fds)
 
     def serves(self, number: int) -> None:
@@ -131,7 +140,7 @@ class Generation:
         if self.failed is not None:
             return Kind.REFUSED, f"the driver {self.plan.driver_name} did not start: {self.failed}"
         kind = restart.classify(self.status, out_of_memory=self.process.oom_killed)
-        when = "" if self.ready is not None or not self._was_told else " before it was ready"
+        when = "" if self.ready is not None or not self.was_told else " before it was ready"
         by = " (the kernel was out of memory)" if kind is Kind.MEMORY else ""
         return kind, f"the driver {self.process.how()}{by}{when}"
 
@@ -147,7 +156,7 @@ class Generation:
     async def stop(self, grace: float, *, linked: bool = False) -> bool:
         """Have it end in an orderly way; whether it did so in time. `linked`: its link is kept until then."""
         self.stopping = True
-        await self.process.send(messages.Stop(linked=linked))
+        await self.process.send(messages.Stop(linked=linked, eject=self.ejects))
         return await self._bell.within(grace, lambda: self.is_ended)
 
     async def end(self, grace: float) -> bool:

@@ -31,6 +31,7 @@ class Hosts:
         self.alive: list[Generation] = []  # all whose end is not certain
         self.stuck: list[Generation] = []  # those of them that served and cannot be ended
         self.spares = Spares(plan, bell)
+        self.lease = plan.lease  # of the device, as it is plugged in now
         self._plan = plan
         self._bell = bell
         self._on_fault = on_fault
@@ -47,7 +48,7 @@ class Hosts:
     def new(self) -> Generation:
         """Start a process; it waits for its orders."""
         assert self._reaper is not None
-        generation = Generation(self._plan, self._bell, self._on_fault)
+        generation = Generation(self._plan, self._bell, self._on_fault, self.lease)
         generation.start(self.nursery, self._reaper)
         self.alive.append(generation)
         return generation
@@ -76,6 +77,13 @@ class Hosts:
             self.discard(self._next)
             self._next = None
 
+    def drop_all_of_old_device(self) -> None:
+        """The device is another arrival now: what was started ahead knows the one before."""
+        self.drop_next()
+        spare = self.spares.take()
+        if spare is not None:
+            self.discard(spare)
+
     def discard(self, generation: Generation) -> None:
         """End one that has served nothing and will not; nobody waits for it."""
         self.nursery.start_soon(self._end, generation, 0)
@@ -93,6 +101,16 @@ class Hosts:
                 self.stuck.append(generation)
             return False
         return True
+
+    async def bury_told(self) -> bool:
+        """End all that may have touched the source, at once; whether they are gone for certain."""
+        told = [generation for generation in self.alive if generation.was_told]
+        for generation in told:
+            generation.kill()
+        async with trio.open_nursery() as nursery:
+            for generation in told:
+                nursery.start_soon(self.bury, generation, 0)
+        return not self.stuck
 
     async def bury_stuck(self) -> bool:
         """Try again with those that are stuck; whether none is left."""

@@ -53,6 +53,9 @@ class Reason(enum.StrEnum):
     BOUND = "bound"  # a driver serves the device
     NO_DRIVER = "no_driver"  # nothing serves the device
     UNPLUGGED = "unplugged"  # the device is gone
+    REATTACHED = "reattached"  # the device came back, and what was open goes on
+    CHANGED = "changed"  # what came back is another device, or what is on it is not what it was
+    EXPIRED = "expired"  # the device did not come back in time
 
 
 # The only transitions there are. GONE is final: a name may be used again, by another Instance.
@@ -61,7 +64,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.ACTIVE: frozenset({State.RECOVERING, State.DETACHED, State.FAILED, State.GONE}),
     State.RECOVERING: frozenset({State.ACTIVE, State.DETACHED, State.FAILED, State.GONE}),
     State.DETACHED: frozenset({State.ACTIVE, State.RECOVERING, State.FAILED, State.GONE}),
-    State.FAILED: frozenset({State.RECOVERING, State.GONE}),
+    State.FAILED: frozenset({State.RECOVERING, State.DETACHED, State.GONE}),
     State.GONE: frozenset(),
 }
 

@@ -8,11 +8,13 @@ Called by: registry.py, and blocks.py for the files of a block device.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import trio
 
 from udf import messages
-from udf.supervisor import paths
+from udf.supervisor import paths, unplugged
+from udf.supervisor.absence import NEVER, UNPLUGGED
 from udf.supervisor.bell import Bell
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.hosts import TERM_GRACE
@@ -20,6 +22,9 @@ from udf.supervisor.instance import EventLog, Instance, Reason, State
 from udf.supervisor.plan import BusyError, MountPlan
 from udf.supervisor.shim import NOBODY, SILENCE, Listeners, MountShim
 from udf.supervisor.trace import TraceFeed
+
+if TYPE_CHECKING:
+    from udf.supervisor.blocks import BlockEndpoint
 
 UNMOUNT_TIMEOUT = 40.0  # longer than a driver's usual deadline: an unmount writes back first
 UNMOUNT_WITHOUT_DRIVER = 5.0  # there is nobody to write back to
@@ -37,8 +42,18 @@ class Mount(Endpoint):
     shim: Instance
     _front: MountShim
 
-    def __init__(self, plan: MountPlan, events: EventLog, reaper: trio.Nursery) -> None:
-        super().__init__(plan, events, reaper)
+    def __init__(
+        self,
+        plan: MountPlan,
+        events: EventLog,
+        reaper: trio.Nursery,
+        below: BlockEndpoint | None = None,
+        export: messages.Export | None = None,
+    ) -> None:
+        """`below` and `export`: it is a volume of these block devices, which is on that export."""
+        super().__init__(plan, events, reaper, None if below is None else below.bell)
+        self.below = below
+        self.export = export
         self._front.listeners = Listeners(
             fault=self._fault,
             failed=self.recovery.broke_contract,
@@ -80,7 +95,7 @@ class Mount(Endpoint):
             await self.recovery.stop_linked(LINKED_GRACE)  # the end of its link comes next: see udf/shim/__main__.py
 
     async def _end_front(self) -> str:
-        if self.recovery.is_detached and self._front.detached and not self._front.process.over:
+        if self.recovery.absence.is_lost and self._front.detached and not self._front.process.over:
             # Files are open there. The shim goes on answering ENODEV until they are closed; nothing else is left.
             self._has_ghost = True
             self._reaper.start_soon(_end_ghost, self._front, self._bell)
@@ -101,6 +116,8 @@ class Mount(Endpoint):
     def _let_go(self) -> None:
         self.trace.close()
         self._front.listeners = NOBODY
+        if self.below is not None:
+            self.below.drop(self)
 
     def _why_gone(self) -> tuple[Reason, str]:
         shim = self._front
@@ -126,6 +143,50 @@ class Mount(Endpoint):
     def _note_detached(self) -> None:
         self.instance.note("unmounted lazily; files that are open are still served")
 
+    # ---- while the device that it is a volume of is away
+
+    @property
+    def is_worth_waiting(self) -> bool:
+        """Whether somebody wants it to go on when the device is plugged in again."""
+        return (
+            self.was_started
+            and self.below is not None
+            and self.plan.options.grace > 0
+            and self._stopping is None
+            and self.recovery.absence.loss is None
+            and not (self.is_gone or self.is_lazy or self._front.is_over)
+        )
+
+    def waits_until(self) -> float:
+        """See Waiter."""
+        absence = self.recovery.absence
+        if not self.is_worth_waiting or self.below is None or not self.below.has_identity:
+            return NEVER
+        if absence.is_expected:
+            return float("inf")
+        return (trio.current_time() if absence.since is None else absence.since) + self.plan.options.grace
+
+    @property
+    def text(self) -> str:
+        """Its state as a sentence; of a mount that waits for its device also for how long."""
+        since, until = self.recovery.absence.since, self.waits_until()
+        if self.instance.state is not State.DETACHED or since is None or until == NEVER:
+            return super().text
+        now, options = trio.current_time(), self.plan.options
+        return unplugged.text_of(until - now, readable=since + options.max_stale - now, wait=options.on_unplug_wait)
+
+    def patience(self) -> tuple[float, float]:
+        """See Waiter."""
+        if self.waits_until() == NEVER:
+            return 0.0, 0.0
+        return self.plan.options.on_unplug_wait, self.plan.options.max_stale
+
+    def why_given_up(self) -> tuple[Reason, str]:
+        """See Waiter."""
+        if self.is_worth_waiting and self.waits_until() != NEVER:
+            return Reason.EXPIRED, f"the device was not plugged in again within {self.plan.options.grace:g} s"
+        return Reason.UNPLUGGED, UNPLUGGED
+
     # ---- what the operator asks
 
     async def unmount(self, reason: Reason, *, lazy: bool) -> None:
@@ -137,17 +198,30 @@ class Mount(Endpoint):
                 return
             if shim.detached:
                 return
+            if self.recovery.is_unplugged and self.was_started:
+                await self._unmount_without_device(reason)
+                return
             before, was = shim.busy, self._stopping
             self._stopping = reason
             await shim.process.send(messages.Unmount(lazy=lazy))
             limit = UNMOUNT_TIMEOUT if self.instance.state is State.ACTIVE else UNMOUNT_WITHOUT_DRIVER
             done = await self._bell.within(
-                limit, lambda: shim.process.over or shim.unmounted or shim.detached or shim.busy > before
+                limit,
+                lambda: (
+                    shim.process.over
+                    or shim.unmounted
+                    or shim.detached
+                    or shim.busy > before
+                    or self.recovery.is_unplugged
+                ),
             )
             if shim.process.over or shim.unmounted:
                 await self.ended.wait()
                 return
             if shim.detached:
+                return
+            if self.recovery.is_unplugged:
+                await self._unmount_without_device(reason)
                 return
             self._stopping = was
         if done:
@@ -159,6 +233,12 @@ class Mount(Endpoint):
                 f"{self.plan.mountpoint} has no driver now and was not unmounted within {limit:g} s: unmount it lazily"
             )
         raise BusyError(self.plan.mountpoint, text)
+
+    async def _unmount_without_device(self, reason: Reason) -> None:
+        # There is nothing to write back to, and programs that have files open there are told so until they close them.
+        self._stopping = reason
+        self.lose(reason, "unmounted while its device was unplugged")
+        await self.ended.wait()
 
     def _hang_up(self) -> None:
         self._front.process.hang_up()

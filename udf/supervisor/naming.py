@@ -7,6 +7,7 @@ Must never: do I/O, or let two present devices have one name. Called by: binder.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -73,6 +74,20 @@ class Numbers:
 def safe(text: str, instead: str = "") -> str:
     """A text that a device gave as a part of a file name: letters, digits, . + and _, at most 40 characters."""
     return _UNSAFE.sub("_", text).strip("._+")[:MAX_PART] or instead
+
+
+def volume(filesystem: str, label: str, uuid: str) -> str:
+    """What the directory of a volume is called: its label, or what it is and its id. Letters of all languages stay.
+
+    Never empty, never hidden, never with anything in it that a path or a terminal would act on.
+    """
+    named = _part(unicodedata.normalize("NFC", label))
+    return named or "-".join(filter(None, (_part(filesystem) or "volume", _part(uuid))))
+
+
+def _part(text: str) -> str:
+    kept = "".join(each if each.isalnum() or each in ".+-_" else "_" for each in text[:MAX_PART])
+    return re.sub("_+", "_", kept).strip("._+-")
 
 
 def by_id(identity: Identity, manufacturer: str, product: str, taken: Collection[str]) -> str:

@@ -37,6 +37,7 @@ class Offer:
     """What could be read at one moment."""
 
     drivers: tuple[Manifest, ...] = ()  # of kind usb
+    mounting: tuple[Manifest, ...] = ()  # of kind fs, which mount filesystems on a block service
     missing: Mapping[str, str] = field(default_factory=dict)  # by driver: the program that it lacks, as a sentence
     rules: Rules = NO_RULES
     problems: tuple[str, ...] = ()  # of rules files; those of drivers are `udf drivers`'
@@ -95,20 +96,21 @@ class Offers:
         found = await self._look(self._drivers, "the search path")
         if found is None:
             return
-        drivers, missing = found
+        drivers, mounting, missing = found
         rules, problems = await self._read_rules()
         for problem in problems:
             if problem not in self.now.problems:
                 log.warning("%s; the last good rules of it stay", problem)
-        offer = Offer(drivers, missing, rules, problems)
+        offer = Offer(drivers, mounting, missing, rules, problems)
         if offer != self.now:
             self.now = offer
             self._changed()
 
-    def _drivers(self) -> tuple[tuple[Manifest, ...], Mapping[str, str]]:
+    def _drivers(self) -> tuple[tuple[Manifest, ...], tuple[Manifest, ...], Mapping[str, str]]:
         found, _ = list_drivers(Trust.own())
         drivers = tuple(each for each in found if each.kind == "usb")
-        return drivers, _missing(drivers)
+        mounting = tuple(each for each in found if each.filesystems and each.source == "block")
+        return drivers, mounting, _missing((*drivers, *mounting))
 
     async def _read_rules(self) -> tuple[Rules, tuple[str, ...]]:
         rules, problems = NO_RULES, []

@@ -65,6 +65,11 @@ _IGNORED = frozenset(
 )
 
 
+def is_flag(name: str) -> bool:
+    """Whether it is an option that is there or not, without a value."""
+    return name in _FLAGS
+
+
 def split(options: Mapping[str, str]) -> tuple[MountOptions, dict[str, str]]:
     """Our own options, and the rest for the driver's manifest to judge. UserError for a bad value of ours."""
     if len(options) > MAX_OPTIONS:

@@ -80,7 +80,7 @@ def _right(target: str, status: os.stat_result) -> None:
 
 
 def _source(path: str | None, kind: str) -> str | None:
-    if path is None or kind in ("none", "url"):
+    if path is None or kind in ("none", "url") or (kind == "block" and not path.startswith("/")):
         return path
     try:
         status = os.stat(path)
@@ -105,6 +105,8 @@ def look(path: str) -> dict[str, Any]:
     from udf.block.probe import probe
 
     try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            return {"path": os.path.realpath(path), "kind": "socket", "filesystem": "", "partitions": []}
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         raise _RefusedError(_missing("the source", path, exc)) from None
@@ -130,7 +132,8 @@ def look(path: str) -> dict[str, Any]:
             {"number": each.number, "size": each.size, "filesystem": filesystem(each.offset, each.size)}
             for each in table.partitions
         ]
-        return {"path": os.path.realpath(path), "filesystem": whole, "partitions": found, "is_file": stat.S_ISREG(mode)}
+        kind = "file" if stat.S_ISREG(mode) else "device"
+        return {"path": os.path.realpath(path), "kind": kind, "filesystem": whole, "partitions": found}
     except OSError as exc:
         raise _RefusedError(f"the source {path} cannot be read: {exc.strerror}") from None
     finally:
@@ -165,6 +168,15 @@ def clean(mountpoint: str) -> dict[str, Any]:
     return {}
 
 
+def busy(mountpoints: list[str]) -> dict[str, Any]:
+    """Which of these could not be unmounted now. None of them is."""
+    found = []
+    for mountpoint in mountpoints:
+        if mounting.is_busy(mountpoint):
+            found.append(mountpoint)
+    return {"busy": found}
+
+
 def sweep(mountpoints: list[str]) -> dict[str, Any]:
     """Take away the mounts there that have no server; what was done, in sentences."""
     done = []
@@ -181,6 +193,8 @@ def main(argument: str) -> None:
     request = json.loads(argument)
     if "sweep" in request:
         answer = sweep(request["sweep"])
+    elif "busy" in request:
+        answer = busy(request["busy"])
     elif "clean" in request:
         answer = clean(request["clean"])
     elif "look" in request:

@@ -50,7 +50,7 @@ class Image:
     """What is in a file or a block device that may be mounted."""
 
     path: str  # its real one
-    is_file: bool
+    kind: str  # file, device (the kernel's), or socket: of a block service
     filesystem: str  # by the name that mount(8) has for it; empty: none that is known
     partitions: dict[int, str]  # the filesystem of each
 
@@ -63,7 +63,15 @@ async def look(source: str, run_as: spawn.Identity | None) -> Image:
     if "refused" in answer:
         raise UserError(str(answer["refused"]))
     partitions = {int(each["number"]): str(each["filesystem"]) for each in answer["partitions"]}
-    return Image(str(answer["path"]), bool(answer["is_file"]), str(answer["filesystem"]), partitions)
+    return Image(str(answer["path"]), str(answer["kind"]), str(answer["filesystem"]), partitions)
+
+
+async def busy(mountpoints: list[str]) -> list[str]:
+    """Those of them that are in use, as far as the kernel tells us: only root is told. They may be so in a moment."""
+    if not mountpoints or os.geteuid() != 0:
+        return []
+    answer = await _ask({"busy": mountpoints}, None)
+    return [each for each in mountpoints if each in (answer or {}).get("busy", [])]
 
 
 async def clean(mountpoint: str, run_as: spawn.Identity | None) -> str:

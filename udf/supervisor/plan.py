@@ -21,6 +21,7 @@ from udf.supervisor.lease import Lease
 from udf.supervisor.options import MountOptions
 
 HEARTBEAT = 1.0
+IDLE_FLUSH = 0.2  # seconds after the last write: a stick that is pulled out without ceremony is usually clean
 
 
 class StartFailedError(UserError):
@@ -57,7 +58,7 @@ class DriverPlan:
     durability: str = "none"
     deadline: float = 30.0
     start_timeout: float = 30.0
-    lease: Lease | None = None  # the device that it drives
+    lease: Lease | None = None  # the device that it drives, as it was first plugged in
     place: Path | None = None  # a directory that is made for it and goes with it
 
     @property
@@ -65,8 +66,8 @@ class DriverPlan:
         """Where programs find what it serves, as a path."""
         return str(self.place)
 
-    def start_message(self, *, spare: bool = False) -> messages.Start:
-        """What a driver host is told first."""
+    def start_message(self, *, spare: bool = False, device: messages.DeviceSpec | None = None) -> messages.Start:
+        """What a driver host is told first; a driver of a device, of which one (`lease` is that of its first plug)."""
         return messages.Start(
             name=self.name,
             driver=self.driver,
@@ -76,7 +77,8 @@ class DriverPlan:
             heartbeat=HEARTBEAT,
             spare=spare,
             store=self.durability == "store",
-            device=None if self.lease is None else self.lease.spec,
+            read_only=self.options.read_only,
+            device=device,
         )
 
 
@@ -147,6 +149,7 @@ class BlockPlan(DriverPlan):
             deadline=self.deadline,
             start_timeout=self.start_timeout,
             patience=self.options.patience,
+            idle_flush=IDLE_FLUSH if self.lease is not None else 0.0,
         )
 
 

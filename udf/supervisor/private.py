@@ -22,13 +22,14 @@ import msgspec
 import trio
 
 from udf.errors import UserError
-from udf.supervisor import images, logs, sockets
+from udf.supervisor import logs, sockets
 from udf.supervisor.client import ControlError
 from udf.supervisor.control import as_varlink
 from udf.supervisor.instance import Reason
 from udf.supervisor.registry import MountRequest
 from udf.supervisor.service import Frame, running
 from udf.supervisor.spawn import Identity
+from udf.supervisor.volumes import Volumes
 
 _FOREGROUND_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BACKGROUND_END = (signal.SIGINT, signal.SIGTERM)
@@ -99,7 +100,7 @@ async def _one_mount(
             starting.start_soon(_give_up_at_end_of, caller_end, starting.cancel_scope)
         problem: UserError | None = None
         try:
-            mount = await images.mount(frame.registry, request, Identity.own())
+            mount = await Volumes(frame.registry).mount(request, Identity.own())
         except UserError as exc:
             problem = exc
         starting.cancel_scope.cancel()

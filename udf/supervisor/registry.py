@@ -25,6 +25,7 @@ from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
 from udf.supervisor import attach, catalog, options, paths, rights, sockets, spawn
 from udf.supervisor.attach import DevicePlan
+from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.catalog import Driver
 from udf.supervisor.endpoint import Endpoint
 from udf.supervisor.instance import EventLog, Reason
@@ -110,16 +111,34 @@ class Registry:
 
     # ---- mounting
 
-    async def mount(self, request: MountRequest, caller: Identity) -> Mount:
-        """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind."""
+    async def mount(
+        self,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        on: BlockEndpoint | None = None,
+        export: str = "",
+        fresh: bool = False,
+    ) -> Mount:
+        """Check, start and wait until it can be used. Cancelled before that, it leaves nothing behind.
+
+        `on`: the source is this export of it, whatever the request says, and the mount is a volume of it: it is away
+        and comes back with the device, and ends with the block endpoint at the latest. `fresh`: its mountpoint is a
+        directory that we have just made, and needs no look.
+        """
         if self._closing:
             raise UserError("the supervisor is ending: start it again first")
         self.check_limit(caller)
-        plan = await self.plan(request, caller)
+        if on is not None:
+            on.find(export)
+        plan = await self.plan(request, caller, on=on, export=export, fresh=fresh)
         # From here to the end of _reserve nothing is awaited: of two that want the same, one gets it.
         plan = dataclasses.replace(plan, name=self._name(request.name, plan.mountpoint))
+        found = None if on is None else on.find(export)
         self._reserve(plan)
-        mount = Mount(plan, self.events, self._reaper)
+        mount = Mount(plan, self.events, self._reaper, on, found)
+        if on is not None:
+            on.carry(mount)
         await self._start(mount)
         return mount
 
@@ -253,7 +272,15 @@ class Registry:
             log.warning("block devices are not shown as files: %s", exc)
             return None
 
-    async def plan(self, request: MountRequest, caller: Identity) -> MountPlan:
+    async def plan(
+        self,
+        request: MountRequest,
+        caller: Identity,
+        *,
+        on: BlockEndpoint | None = None,
+        export: str = "",
+        fresh: bool = False,
+    ) -> MountPlan:
         """Check a request; its plan, which has no name yet. Nothing is taken or started."""
         _check_request(request)
         rights.check_driver(caller, request.driver)
@@ -268,26 +295,32 @@ class Registry:
         for warning in driver.warnings:
             log.warning("%s", warning)
         values = driver.check_options(driver_options)
-        source = driver.check_source(request.source)
+        if on is not None and driver.source_kind not in ("block", "any"):
+            raise UserError(f"the driver {driver.name} does not read a block device, but a {driver.source_kind}")
+        path = driver.check_source(request.source) if on is None else None
         run_as = rights.acts_as(caller)
-        checked = await paths.check(
-            request.mountpoint, source, driver.source_kind, nonempty=mount_options.nonempty, run_as=run_as
-        )
+        if fresh and on is not None:
+            checked = paths.Checked(request.mountpoint, None, None)
+        else:
+            checked = await paths.check(
+                request.mountpoint, path, driver.source_kind, nonempty=mount_options.nonempty, run_as=run_as
+            )
         if checked.cleaned:
             log.warning("%s: %s", request.mountpoint, checked.cleaned)
         owner = run_as or Identity.own()
+        source, kept = (checked.source, checked.source) if on is None else (on.uri(export), str(on.plan.socket))
         return MountPlan(
             name="",  # chosen when it is reserved
             mountpoint=checked.mountpoint,
             driver_name=driver.name,
             driver=driver.spec,
-            source=checked.source,
+            source=source,
             driver_options=values,
             asked_options=dict(asked),
             options=mount_options,
             owner=owner,
             shim_as=run_as,
-            sandbox=driver.sandbox(owner, checked.source),
+            sandbox=driver.sandbox(owner, kept),
             environment=await self._environment(owner),
             exclusive=driver.exclusive,
             acl=driver.acl,
@@ -328,7 +361,7 @@ class Registry:
 
     async def unmount(self, endpoint: Endpoint, *, lazy: bool) -> None:
         """Unmount for an operator. BusyError when files are open."""
-        if endpoint.plan.lease is not None:
+        if endpoint.plan.lease is not None and not endpoint.recovery.is_unplugged:
             raise UserError(
                 f"{endpoint.plan.where} is where the device of {endpoint.plan.name} is found as long as it is plugged"
                 " in: unplug it, or deny it its driver by a rule"

@@ -17,10 +17,13 @@ from pathlib import Path
 import trio
 
 from udf.supervisor import spawn
+from udf.supervisor.automount import Automount
 from udf.supervisor.control import Control
 from udf.supervisor.devices import Devices
 from udf.supervisor.instance import Event, EventLog, State
+from udf.supervisor.mediadir import MediaDirectory
 from udf.supervisor.registry import Registry
+from udf.supervisor.volumes import Volumes
 
 MAX_DESCRIPTORS = 65536  # a mount needs about ten of ours
 REAP_GRACE = 1.0
@@ -35,6 +38,7 @@ class DaemonOptions:
     home: Path
     usbip: Sequence[str] = ()
     rules: str | None = None
+    media: MediaDirectory | None = None  # where volumes are mounted by themselves
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Frame:
 
     registry: Registry
     devices: Devices | None  # only a daemon has some
+    automount: Automount | None
     nursery: trio.Nursery
     stop: trio.Event  # somebody asked for the end
     hurry: trio.Event  # and again
@@ -66,13 +71,21 @@ async def running(
             devices = None
             if daemon is not None:
                 devices = Devices(daemon.home, registry, nursery, reaper, usbip=daemon.usbip, rules=daemon.rules)
-            frame = Frame(registry, devices, nursery, trio.Event(), trio.Event())
+            volumes = Volumes(registry, devices)
+            automount = None
+            if daemon is not None and devices is not None and daemon.media is not None:
+                automount = Automount(daemon.media, registry, devices, volumes)
+            frame = Frame(registry, devices, automount, nursery, trio.Event(), trio.Event())
             await nursery.start(_signals, frame, frozenset(ending))
             nursery.start_soon(_zygote, registry.events, reaper, private)
             if devices is not None:
                 await nursery.start(devices.run)
-            nursery.start_soon(Control(registry, nursery, devices=devices, private=private).server().serve, sock)
-            yield frame
+            if automount is not None:
+                await nursery.start(automount.run)
+            control = Control(registry, nursery, devices=devices, volumes=volumes, private=private)
+            nursery.start_soon(control.server().serve, sock)
+            with registry.events.subscribed(volumes.on_event):
+                yield frame
             nursery.cancel_scope.cancel()
         reaper.cancel_scope.deadline = trio.current_time() + REAP_GRACE  # a process in D state is left to init
 

@@ -139,6 +139,7 @@ class Shim(Front):
     async def detach(self, text: str, *, wait: float = 0.0, max_stale: float = 0.0) -> None:
         """The device is gone; only a mount has what is cached, and requests that may wait."""
         await self.process.send(messages.Detach(text=text, wait=wait, max_stale=max_stale))
+        self.linked = False  # it lets go of its link without a word
 
     def tick(self) -> None:
         """A sign of life is due; without one for too long it is ended."""

@@ -7,6 +7,7 @@ binder.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,6 +58,28 @@ class RegisteredEndpoint(Endpoint):
         self.ended = endpoint.ended
         self._registry = registry
         self._endpoint = endpoint
+
+    @property
+    def may_return(self) -> bool:
+        """See Endpoint."""
+        return self._endpoint.may_return
+
+    @property
+    def is_waiting(self) -> bool:
+        """See Endpoint."""
+        return self._endpoint.is_waiting
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """See Endpoint."""
+        self._endpoint.listen(told)
+
+    async def take_back(self, lease: Lease) -> bool:
+        """See Endpoint."""
+        return await self._endpoint.take_back(lease)
+
+    def lose(self, reason: Reason, text: str) -> None:
+        """See Endpoint."""
+        self._endpoint.lose(reason, text)
 
     async def end(self, reason: Reason) -> None:
         """See Endpoint."""

@@ -23,6 +23,26 @@ class Endpoint(Protocol):
     instance: Instance
     ended: trio.Event
 
+    @property
+    def may_return(self) -> bool:
+        """Whether it goes on if its device, which is gone, is plugged in again now."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its device is away and waited for, and all that follows from the unplug has been done."""
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` when `is_waiting` may have changed."""
+
+    async def take_back(self, lease: Lease) -> bool:
+        """This may be the device that is away. Whether it is and is served again; the lease is its own, as at a start.
+
+        False: it is another device, it is gone again, or nobody waits for it any more.
+        """
+
+    def lose(self, reason: Reason, text: str) -> None:
+        """Its device will not come back: it ends by itself, soon."""
+
     async def end(self, reason: Reason) -> None:
         """Make it GONE whatever it takes."""
 
@@ -67,6 +87,8 @@ class Tenant:
         self.is_linked = False  # its name by-id can be seen
         self.endpoint: Endpoint | None = None
         self.stopping = trio.Event()  # it is not wanted any more
+        self.is_returning = False  # a device that may be its own is being looked at
+        self.refused: set[str] = set()  # arrivals that were not its device, or were gone too soon
 
     @property
     def slot(self) -> tuple[str, int | None]:
@@ -76,7 +98,26 @@ class Tenant:
     @property
     def serves(self) -> bool:
         """Whether it can be used."""
+        return self.is_running and not self.is_returning and not self.lease.gone
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its instance was started and has not ended."""
         return self.endpoint is not None and not self.endpoint.ended.is_set()
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether its device is gone, and may be plugged in again."""
+        return self._is_without and self.endpoint is not None and self.endpoint.may_return
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its device is away, and nothing more is done about it."""
+        return self._is_without and not self.is_returning and self.endpoint is not None and self.endpoint.is_waiting
+
+    @property
+    def _is_without(self) -> bool:
+        return self.is_running and self.lease.gone
 
 
 @dataclass
@@ -100,3 +141,4 @@ class Known:
     verdict: Verdict | None = None
     is_shared: bool = False  # those who have it now have a connection for each interface
     failures: dict[tuple[int | None, str], Failure] = field(default_factory=dict)
+    ejected: set[tuple[int | None, str]] = field(default_factory=set)  # interface and driver, as above

@@ -26,8 +26,8 @@ from udf.supervisor.bell import Bell
 from udf.supervisor.generation import Generation
 from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.plan import MountPlan
-from udf.supervisor.recovery import LINK_GRACE, stop_grace
 from udf.supervisor.shim import Listeners, MountShim
+from udf.supervisor.succession import LINK_GRACE, stop_grace
 from udf.testing.program import Program
 from udf.testing.relay import Relay
 from udf.testing.steps import Record, Target

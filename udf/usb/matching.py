@@ -332,6 +332,14 @@ def _concerns(rule: Rule, device: DeviceFacts) -> bool:
     )
 
 
+def volume_rule(device: DeviceFacts, label: str, rules: Rules) -> Rule | None:
+    """The first rule about a volume with this label on a device."""
+    for rule in rules.volume:
+        if _concerns(rule, device) and (rule.label is None or fnmatchcase(label, rule.label)):
+            return rule
+    return None
+
+
 def _shortly(matches: tuple[Match, ...]) -> str:
     more = f" and {len(matches) - 1} more" if len(matches) > 1 else ""
     return f"{matches[0]}{more}" if matches else "nothing"

@@ -13,6 +13,11 @@ or nothing, and who asks keeps the last good rules. Called by: udf/supervisor/de
     serial = "A1*"
     driver = "my_serial"
     options = { baud = "9600" }
+    [[volume]]                        # a filesystem on such a device, by itself (`udf daemon --automount`)
+    vendor = 0x0781
+    label = "BACKUP*"                 # … with such a label
+    automount = false                 # is left alone; or true, with these options, by this driver
+    options = { ro = true }
 
 A pattern has the keys of a manifest's `match`, and `port` and `bus`. `driver` makes a deny or allow rule one about that
 driver only. A class means that of any interface, or with `device = true` the device's own.
@@ -36,7 +41,7 @@ SYSTEM_RULES = Path("/etc/udf/rules.toml")
 MAX_RULES = 1000
 MAX_OPTIONS = 50
 MAX_VALUE = 4096
-KINDS = ("allow", "deny", "prefer")
+KINDS = ("allow", "deny", "prefer", "volume")
 _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}\Z")
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}\Z")
 
@@ -51,6 +56,8 @@ class Rule:
     port: str | None = None
     bus: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    label: str | None = None  # of a volume
+    automount: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,13 @@ class Rules:
     allow: tuple[Rule, ...] = ()
     deny: tuple[Rule, ...] = ()
     prefer: tuple[Rule, ...] = ()
+    volume: tuple[Rule, ...] = ()
 
     def followed_by(self, other: Rules) -> Rules:
         """These, then the other's."""
-        return Rules(self.allow + other.allow, self.deny + other.deny, self.prefer + other.prefer)
+        return Rules(
+            self.allow + other.allow, self.deny + other.deny, self.prefer + other.prefer, self.volume + other.volume
+        )
 
 
 NO_RULES = Rules()
@@ -118,7 +128,7 @@ def _check_rule(kind: str, entry: Any, key: str, path: str, refuse: Callable[[st
         raise refuse(key, f"must be a table, not {shown(entry)}")
     rest = dict(entry)
     texts: dict[str, str | None] = {}
-    for name in ("driver", "port", "bus"):
+    for name in ("driver", "port", "bus", *(("label",) if kind == "volume" else ())):
         value = rest.pop(name, None)
         if value is not None and (not isinstance(value, str) or not 1 <= len(value) <= 200 or not value.isprintable()):
             raise refuse(f"{key}.{name}", f"must be a printable text, not {shown(value)}")
@@ -128,15 +138,19 @@ def _check_rule(kind: str, entry: Any, key: str, path: str, refuse: Callable[[st
         raise refuse(f"{key}.driver", f"is {shown(driver)}, which is not the name of a driver")
     if kind == "prefer" and driver is None:
         raise refuse(key, 'names no driver: say which one is preferred with driver = "NAME"')
+    automount = rest.pop("automount", True) if kind == "volume" else True
+    if not isinstance(automount, bool):
+        raise refuse(f"{key}.automount", f"must be true or false, not {shown(automount)}")
     options = _check_options(kind, rest.pop("options", {}), f"{key}.options", refuse)
-    return Rule(check_pattern(rest, key, refuse), f"rule {key} of {path}", options=options, **texts)
+    pattern = check_pattern(rest, key, refuse)
+    return Rule(pattern, f"rule {key} of {path}", options=options, automount=automount, **texts)
 
 
 def _check_options(kind: str, table: Any, key: str, refuse: Callable[[str, str], UserError]) -> Mapping[str, str]:
     if not isinstance(table, dict) or len(table) > MAX_OPTIONS:
         raise refuse(key, f"must be a table of at most {MAX_OPTIONS} options, not {shown(table)}")
-    if table and kind != "prefer":
-        raise refuse(key, "mean nothing here: the options of a driver are given by a [[prefer]] rule")
+    if table and kind not in ("prefer", "volume"):
+        raise refuse(key, "mean nothing here: the options of a driver are given by a [[prefer]] or [[volume]] rule")
     options: dict[str, str] = {}
     for name, value in table.items():
         if not _OPTION.match(name):

@@ -46,6 +46,7 @@ _FLAGS = {
     _ZERO: wire.CMD_FLAG_FUA | wire.CMD_FLAG_NO_HOLE | wire.CMD_FLAG_FAST_ZERO,
     _STATUS: wire.CMD_FLAG_REQ_ONE,
 }
+_OURS = wire.CMD_FLAG_DF | wire.FLAG_WATCH  # what the driver is not asked for
 
 
 class Client:
@@ -62,6 +63,7 @@ class Client:
         self.region: Region | None = None
         self.structured = False
         self.context = False
+        self.watching = False
         self.closed = False
         self.mute = False  # it has closed its end after its goodbye: nobody takes replies any more
         self.leaving = False  # it has said goodbye: what is under way is finished, nothing more is read
@@ -72,6 +74,7 @@ class Client:
         self.since = monotonic()
         self.moved = self.since  # when it last gave or took something
         self.lost_seen = 0  # what its unit had lost before it came
+        self.unsafe_seen = 0  # and what of it the client has been told, or came after
         self._handshake: Handshake | None = Handshake(self, self.inbox, self.out)
         self._incoming: Request | None = None  # whose data is being received
         self._skip = 0  # bytes of a refused write's data
@@ -104,8 +107,11 @@ class Client:
             self.region = region
             self.structured = self._handshake.structured
             self.context = self._handshake.has_context
+            self.watching = self._handshake.watching
             self.lost_seen = region.unit.lost
+            self.unsafe_seen = region.unit.unsafe
             self._handshake = None
+            region.unit.watch_head(region.offset, region.size)
         inbox = self.inbox
         while not self.leaving:
             if self._skip:
@@ -148,7 +154,8 @@ class Client:
         service = self.service
         service.counters.requests += 1
         now = monotonic()
-        request = Request(region.unit, op, flags & ~wire.CMD_FLAG_DF, region.offset + offset, length, now)
+        request = Request(region.unit, op, flags & ~_OURS, region.offset + offset, length, now)
+        request.watch = bool(flags & wire.FLAG_WATCH) and not error
         request.client, request.region, request.cookie, request.charge = self, region, cookie, charge
         self.charged += charge
         self.requests += 1
@@ -182,6 +189,8 @@ class Client:
         needs = _NEEDS.get(op)
         if needs is not None and not can & needs:
             return wire.EINVAL
+        if flags & wire.FLAG_WATCH and self.watching and op in WITH_DATA:
+            flags ^= wire.FLAG_WATCH
         if flags & ~_FLAGS[op] or (flags & wire.CMD_FLAG_FUA and not can & wire.SEND_FUA):
             return wire.EINVAL
         if flags & wire.CMD_FLAG_FAST_ZERO and not can & wire.SEND_FAST_ZERO:

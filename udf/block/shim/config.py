@@ -16,6 +16,7 @@ class Config:
     deadline: float = 30.0  # seconds without any progress after which the driver counts as hung
     start_timeout: float = 30.0
     patience: float = 60.0  # seconds that a parked request waits for a new generation
+    idle_flush: float = 0.0  # seconds after the last write after which the device is told to flush; 0: it is not
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Config:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from udf.block import wire
 from udf.block.partitions import Table, read_table
 from udf.block.shim.request import Request
+from udf.block.shim.watched import HEAD
 
 if TYPE_CHECKING:
     from udf.block.shim.units import Unit
@@ -99,7 +100,8 @@ async def _read(offset: int, size: int) -> bytes:
 class Scan:
     """Reads one unit's partition table: a coroutine that goes on with each answer of the driver."""
 
-    def __init__(self, unit: Unit, done: Callable[[Unit, Table], None]) -> None:
+    def __init__(self, unit: Unit, done: Callable[[Unit, Table | None], None]) -> None:
+        """*done* gets the table; None: the device went away, and what was known of it is all that is known."""
         self._unit = unit
         self._done = done
         self._steps = read_table(_read, unit.size, unit.block_size)
@@ -123,13 +125,15 @@ class Scan:
         else:
             self._ask(*wanted)
 
-    def _end(self, table: Table) -> None:
+    def _end(self, table: Table | None) -> None:
         self._over = True
         self._steps.close()
         self._done(self._unit, table)
 
     def _ask(self, offset: int, size: int) -> None:
         unit = self._unit
+        if not self._reads:
+            size = max(size, min(HEAD, unit.size - offset))  # the first read is of the head, and tells what that is
         self._reads += 1
         # Whole blocks, whatever is wanted of them.
         start = offset - offset % unit.block_size
@@ -139,12 +143,15 @@ class Scan:
             return
         request = Request(unit, wire.CMD_READ, 0, start, end - start, monotonic())
         request.then = lambda request: self._answered(request, offset - start, size)
+        request.watch = self._reads == 1
         unit.send_own(request)
 
     def _answered(self, request: Request, at: int, size: int) -> None:
         if self._over:
             return
-        if request.error or request.buffer is None:
+        if request.error == wire.ESHUTDOWN:
+            self._end(None)
+        elif request.error or request.buffer is None:
             self._go_on(None)
         else:
             self._go_on(bytes(request.buffer.view[at : min(at + size, request.length)]))

@@ -48,6 +48,12 @@ class Kept:
         """All that is kept."""
         return list(self._entries)
 
+    def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """What is kept of a range: start, end and version of each write that has a byte in it."""
+        first = max(0, bisect_right(self._starts, start) - 1)
+        last = bisect_left(self._starts, end, first)
+        return [(one.start, one.end, one.version) for one in self._entries[first:last] if one.end > start]
+
     def add(self, start: int, length: int, op: int, flags: int, buffer: Buffer | None) -> None:
         """Keep a write that has been acknowledged. The buffer gets another reader."""
         end = start + length
@@ -113,6 +119,14 @@ class Kept:
         if index < len(self._entries) and self._entries[index] is entry:
             del self._entries[index], self._starts[index]
             self._let_go(entry)
+
+    def remove_all(self, entries: set[Entry]) -> None:
+        """Some of them are safe."""
+        for entry in self._entries:
+            if entry in entries:
+                self._let_go(entry)
+        self._entries = [entry for entry in self._entries if entry not in entries]
+        self._starts = [entry.start for entry in self._entries]
 
     def clear(self) -> None:
         """Give all of it up."""

@@ -3,6 +3,8 @@
 Owns: the epoll set, the clock, and the driver generation that is connected. What is to be sent is collected over one
 turn and sent at its end, except what is large. A descriptor is closed at the end of a turn only, so that no event of
 the turn can be taken for one of a descriptor that came after it.
+
+A little over 400 lines: one turn is to be read in one place.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _ACCEPTS = 16  # in one turn
 _HEARTBEAT = 1.0
 _LOOK = 0.25  # how often what waits is looked at
 _STUCK = 10.0  # seconds that a client may hold memory which others wait for without taking or giving a byte
+_MOMENT = 0.001  # seconds in which a program that has read something mostly asks for more
 _IDLE = 5.0  # seconds without a request after which idle memory is let go
 _IN, _OUT, _HUP, _ERR = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, select.EPOLLERR
 
@@ -97,16 +100,27 @@ class Loop:
 
     def run(self) -> None:
         """Serve until stopped. Raises SupervisorGone, StartFailed."""
-        next_beat = next_look = 0.0
+        now = next_beat = next_look = 0.0
         s = self.s
         while True:
             busy = s.requests or self._look is not None or s.hungry or self._stop is not None
-            for fd, event in self._epoll.poll(_LOOK if busy else _HEARTBEAT):
+            pause = _LOOK if busy else _HEARTBEAT
+            if s.alarm < now + pause:
+                pause = max(0.0, s.alarm - monotonic())
+            if s.readers:
+                pause = min(pause, _MOMENT)
+            events = self._epoll.poll(pause)
+            for fd, event in events:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler(event)
             self._end_turn()
+            if s.readers and (s.requests or not events):
+                s.digest()  # while the driver works, not while a program waits for us to take its next request
             now = monotonic()
+            if now >= s.alarm:
+                s.ring(now)
+                self._end_turn()
             if now >= next_look:
                 next_look = now + _LOOK
                 self._tick(now)
@@ -121,7 +135,9 @@ class Loop:
     def _end_turn(self) -> None:
         """Send what was collected, and read on where that made room."""
         s = self.s
-        while s.touched or s.broken or s.freed:
+        while s.touched or s.broken or s.freed or s.recovery.is_decided:
+            if s.recovery.is_decided:
+                self._decide()
             if s.touched:
                 touched, s.touched = s.touched, set()
                 for peer in touched:
@@ -271,6 +287,16 @@ class Loop:
         for connection in self.s.recovery.opened(found):
             generation.release(connection)
 
+    def _decide(self) -> None:
+        """What is back has been compared with what was pulled out."""
+        generation = self._generation
+        unneeded = self.s.recovery.decide()
+        if unneeded is None or generation is None:
+            self._drop_generation()
+        else:
+            for connection in unneeded:
+                generation.release(connection)
+
     def _from_driver(self, connection: DriverConnection, event: int) -> None:
         if event & _OUT:
             connection.out.blocked = False
@@ -319,9 +345,8 @@ class Loop:
         self._drop_generation()
         if phase is Phase.OPENING:
             raise StartFailed(f"the driver {s.config.driver} does not serve: {reason}")
-        if phase is Phase.GREETING:
-            s.set_phase(Phase.PARKED)
-            s.tell({"t": "refused", "generation": s.recovery.number, "error": reason})
+        if phase in (Phase.GREETING, Phase.VERIFYING):
+            s.recovery.refuse(reason)
         elif phase in (Phase.SERVING, Phase.REPLAYING):
             s.recovery.lost(reason)
 

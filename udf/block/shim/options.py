@@ -48,6 +48,7 @@ class Handshake:
         self._options = 0
         self._context_of: str | None = None  # the export for which base:allocation was asked
         self.structured = False
+        self.watching = False
         out.push(GREETING)
 
     def parse(self) -> Region | None:
@@ -93,6 +94,11 @@ class Handshake:
                 if payload:
                     raise wire.MalformedError("it has a payload")
                 self.structured = True
+                self._reply(option, wire.REP_ACK)
+            elif option == wire.OPT_WATCH:
+                if payload:
+                    raise wire.MalformedError("it has a payload")
+                self.watching = True
                 self._reply(option, wire.REP_ACK)
             elif option in (wire.OPT_SET_META_CONTEXT, wire.OPT_LIST_META_CONTEXT):
                 self._contexts(option, payload)

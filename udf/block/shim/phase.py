@@ -3,6 +3,8 @@
 OPENING ──▶ SERVING ◀──▶ PARKED ──▶ GREETING ──▶ REPLAYING ──▶ SERVING
                │            └──▶ FAILED: EIO for everything    (an `attach` leads out of both,
                └──▶ DETACHED: ESHUTDOWN for everything          and of PARKED, to GREETING)
+
+After a DETACHED the way is GREETING ──▶ VERIFYING ──▶ REPLAYING, and back to DETACHED from wherever it stops.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ class Phase(Enum):
     SERVING = "the driver is asked"
     PARKED = "it waits for a new generation"
     GREETING = "it waits for a new generation that is being opened"
+    VERIFYING = "it waits until the device that is back is known to be the same"
     REPLAYING = "it waits for what is asked again"
     FAILED = "EIO"
     DETACHED = "ESHUTDOWN"

@@ -5,9 +5,13 @@ which requests are suspected of killing drivers. Must never: decide whether or w
 supervisor does), or lose a request: what is parked leaves only by being asked again, answered, or given up with an
 error.
 
+When the device was away, nothing is written before verification.py has found that it is the same, and what is on it.
 All commands of a block device may be given twice. In order: (1) the writes that were acknowledged and that no FLUSH has
 covered, after any end of a generation: after a replug the device's own cache is lost, and after the driver's death
-alone it does no harm; (2) once all of these are answered, what was unanswered, by age; (3) what has come since.
+alone it does no harm (they are flushed every few MiB, so that drivers that die soon get done with them together);
+(2) once all of these are answered, what was unanswered, by age; (3) what has come since.
+
+Over 400 lines: the steps are short, and their order is what there is to read.
 """
 
 from __future__ import annotations
@@ -22,10 +26,12 @@ from udf.block.shim.kept import Entry
 from udf.block.shim.phase import Phase
 from udf.block.shim.request import COMMANDS, Request
 from udf.block.shim.units import WINDOW, Unit
+from udf.block.shim.verification import Verification
 
 if TYPE_CHECKING:
     from udf.block.shim.service import Service
 
+_REST = 4 << 20  # bytes that are written again before they are flushed
 _SUSPECT = 2  # deaths of the driver's own making at which a request was under way
 _CONTRACT = wire.SEND_FLUSH | wire.SEND_FUA | wire.SEND_TRIM | wire.SEND_WRITE_ZEROES | wire.SEND_FAST_ZERO
 _CONTRACT |= wire.SEND_CACHE
@@ -44,10 +50,16 @@ class Recovery:
         self._again: deque[tuple[Unit, Entry]] = deque()  # kept writes that are still to be written again
         self._again_under_way: dict[Request, tuple[Unit, Entry]] = {}
         self._again_bytes = 0
+        self._again_done: set[Entry] = set()  # of one unit: written again, and not flushed
+        self._again_done_bytes = 0
         self._again_gone = False
-        self._killed: list[Entry] = []  # being written again at the last death
+        self._killed: list[tuple[Unit, Entry]] = []  # being written again at the last death
         self._lost_at = 0.0
         self._told_overdue = False
+        self.is_unverified = False  # the device was away, and nobody knows yet whether what is back is the same
+        self._verification: Verification | None = None
+        self._found: dict[str, DriverConnection] = {}  # what is being verified
+        self._verdict: str | None = None  # of the verification that has ended: "", or why it is not the same
 
     # ---- without a driver
 
@@ -55,8 +67,8 @@ class Recovery:
         """The driver is gone, and all that it had said is taken: park what it had not answered."""
         s = self._s
         under_way = [request for request in s.requests.values() if request.sent and request.client is not None]
-        self._killed = [entry for _, entry in self._again_under_way.values()]
-        self._unanswered = under_way
+        self._killed = [*self._again_under_way.values()]
+        self._unanswered = [request for request in under_way if not request.held]
         self._lost_at = monotonic()
         s.set_phase(Phase.PARKED)
         self._drop_driver()
@@ -65,6 +77,7 @@ class Recovery:
             request.open = 0  # nothing of it can come any more
             client = request.client
             if client is not None and client.closed:
+                request.unit.abandon(request)
                 s.answer(request, wire.EIO)  # nobody waits for it, and it cannot be half done later
                 continue
             request.begin_again()
@@ -84,9 +97,14 @@ class Recovery:
         """Forget what of our own was asked of it."""
         s = self._s
         s.stop_scans()
+        if self._verification is not None:
+            self._verification.stop()
+        self._verification = self._verdict = None
+        self._found = {}
         self._again.clear()
         self._again_under_way.clear()
         self._again_bytes = 0
+        self._done_again()
         self._suspects.clear()
         self._alone = None
         for unit in s.units:
@@ -104,9 +122,15 @@ class Recovery:
 
     def detach(self) -> None:
         """The device is gone. What is kept stays kept: it may be plugged in again."""
+        self.is_unverified = True
+        # What was being written again may be there, or not, or some of each. What its program waits for: see `abandon`.
+        for unit, entry in (*self._killed, *self._again_under_way.values()):
+            unit.watched.doubt(entry.start, entry.end - entry.start, unit.kept.version)
         self._s.set_phase(Phase.DETACHED)
         self._s.give_up_all(wire.ESHUTDOWN)
         self._drop_driver()
+        for unit in self._s.units:
+            unit.away.clear()
 
     def check_time(self, now: float) -> None:
         """Give up what has waited too long; a driver that does not get on is told of once."""
@@ -148,6 +172,8 @@ class Recovery:
         self.number = number
         self._counted = counted
         self._told_overdue = False
+        for unit in self._s.units:
+            unit.away.clear()
         self._s.set_phase(Phase.GREETING)
 
     def opened(self, found: dict[str, DriverConnection]) -> list[DriverConnection]:
@@ -155,6 +181,64 @@ class Recovery:
 
         Returns the connections that are not needed.
         """
+        if self.is_unverified:
+            self._verify(found)
+            return []
+        return self._adopt(found)
+
+    def _verify(self, found: dict[str, DriverConnection]) -> None:
+        """After a Detach: nothing is written, nor anybody told that it is back, before all is known to be the same."""
+        s = self._s
+        self._found = found
+        s.set_phase(Phase.VERIFYING)
+        units = []
+        for unit in s.units:
+            connection = found.get(unit.name)
+            difference = "it has no medium" if connection is None else _difference(unit, connection)
+            if not difference:
+                assert connection is not None
+                unit.connect(connection)
+                units.append(unit)
+            elif unit.size:  # into a slot that was empty anything may have been put
+                self._verdict = f"it is another disk: {difference}"
+                return
+        self._verification = Verification(units, self._compared)
+        self._verification.start()
+
+    def _compared(self, difference: str | None) -> None:
+        self._verdict = difference or ""
+
+    def gone_again(self) -> None:
+        """The driver says so, and nobody else has said anything."""
+        self._verdict = "the device was gone again before all of it was compared"
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether a verification has ended; the loop, which asks, then has `decide` say what follows."""
+        return self._verdict is not None
+
+    def decide(self) -> list[DriverConnection] | None:
+        """Go on with the device that is back; returns the connections that are not needed. None: it is not the same."""
+        difference, self._verdict = self._verdict, None
+        if difference:
+            self.refuse(difference, changed=True)
+            return None
+        self.is_unverified = False
+        self._verification = None
+        found, self._found = self._found, {}
+        return self._adopt(found)
+
+    def refuse(self, sentence: str, *, changed: bool = False) -> None:
+        """This generation will not serve; the device, as far as anybody knows, is still away or not the same."""
+        s = self._s
+        if self.is_unverified:
+            self.detach()
+        else:
+            s.set_phase(Phase.PARKED)
+            self._drop_driver()
+        s.tell({"t": "refused", "generation": self.number, "error": sentence[:500], "changed": changed})
+
+    def _adopt(self, found: dict[str, DriverConnection]) -> list[DriverConnection]:
         s = self._s
         first, again = s.phase is Phase.OPENING, s.phase is Phase.SERVING
         unneeded = []
@@ -162,7 +246,7 @@ class Recovery:
         scans = []
         for name, unit in present.items():
             connection = found.get(name)
-            if connection is None or _is_another(unit, connection):
+            if connection is None or _difference(unit, connection):
                 if unit.connection is not None:
                     unneeded.append(unit.connection)
                 self._vanish(unit)
@@ -217,7 +301,7 @@ class Recovery:
         if self._counted:
             for request in unanswered:
                 request.deaths += 1
-            for entry in self._killed:
+            for _, entry in self._killed:
                 entry.deaths += 1
         killed = self._killed
         self._unanswered, self._killed = [], []
@@ -236,8 +320,8 @@ class Recovery:
         else:
             self._suspects.extend(suspects)
         everything = [(unit, entry) for unit in s.units for entry in unit.kept.entries()]
-        if self._counted and len(killed) == 1 and killed[0].deaths >= _SUSPECT:
-            pair = next((pair for pair in everything if pair[1] is killed[0]), None)
+        if self._counted and len(killed) == 1 and killed[0][1].deaths >= _SUSPECT:
+            pair = next((pair for pair in everything if pair[1] is killed[0][1]), None)
             if pair is not None:
                 self._give_up_kept(*pair)
                 everything.remove(pair)
@@ -252,6 +336,10 @@ class Recovery:
         s = self._s
         while self._again:
             unit, entry = self._again[0]
+            if self._again_done_bytes >= _REST and unit.can_flush:
+                if not self._again_under_way:
+                    self._flush_again()
+                return
             if self._again_under_way and (entry.deaths >= _SUSPECT or self._again_bytes >= WINDOW):
                 return
             self._again.popleft()
@@ -285,12 +373,42 @@ class Recovery:
             self._give_up_kept(unit, entry)
         else:
             entry.deaths = 0
+            if self._again and self._again[0][0] is not unit:
+                self._done_again()
+            else:
+                self._again_done.add(entry)
+                self._again_done_bytes += request.length if request.buffer is not None else 0
         if not self._again_gone:
             self._write_again()
+
+    def _done_again(self) -> set[Entry]:
+        """What is written again since the last flush; it is not asked for twice."""
+        done, self._again_done, self._again_done_bytes = self._again_done, set(), 0
+        return done
+
+    def _flush_again(self) -> None:
+        """Flush what is written again so far, so that a driver that dies soon has got something done."""
+        unit, done = self._again[0][0], self._done_again()
+
+        def flushed(request: Request) -> None:
+            if request.error == wire.ESHUTDOWN:
+                self._again.clear()
+                self._again_gone = True
+                return
+            if not request.error:
+                unit.kept.remove_all(done)
+            self._write_again()
+
+        request = Request(unit, wire.CMD_FLUSH, 0, 0, 0, monotonic())
+        request.then = flushed
+        self._s.counters.flushes_own += 1
+        unit.send_own(request)
+        request.mark = 0  # it makes safe what was written again, and nothing else
 
     def _give_up_kept(self, unit: Unit, entry: Entry) -> None:
         """A write that was acknowledged is lost: the next FLUSH says so."""
         unit.kept.remove(entry)
+        unit.watched.unsure(entry.start, entry.end - entry.start)
         unit.lose(1)
         where = f"{unit.label} {entry.start}+{entry.end - entry.start}"
         self._s.fault(COMMANDS[entry.op], f"what was acknowledged could not be written again: {where}")
@@ -327,14 +445,16 @@ class Recovery:
         s.give_up(request, wire.EIO)
 
 
-def _is_another(unit: Unit, connection: DriverConnection) -> bool:
-    """Whether this cannot be what clients were promised."""
+def _difference(unit: Unit, connection: DriverConnection) -> str:
+    """Why this cannot be what clients were promised; "" if it can be."""
     old, new = unit.terms, connection.terms
     assert new is not None
-    return (
-        new.size != old.size
-        or new.minimum > old.minimum
-        or bool((new.flags ^ old.flags) & wire.READ_ONLY)
-        or bool(old.flags & ~new.flags & _CONTRACT)
-        or (old.context is not None and new.context is None)
-    )
+    if new.size != old.size:
+        return f"it has {new.size} bytes and not {old.size}"
+    if (new.flags ^ old.flags) & wire.READ_ONLY:
+        return f"it can{'not' if new.flags & wire.READ_ONLY else ''} be written"
+    if new.minimum > old.minimum:
+        return f"its blocks have {new.minimum} bytes and not {old.minimum}"
+    if old.flags & ~new.flags & _CONTRACT or (old.context is not None and new.context is None):
+        return "it cannot do all that it could"
+    return ""

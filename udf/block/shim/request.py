@@ -44,6 +44,7 @@ class Request:
     __slots__ = (
         "alone",
         "answered",
+        "asked",
         "at",
         "buffer",
         "carrier",
@@ -53,6 +54,7 @@ class Request:
         "deaths",
         "error",
         "flags",
+        "held",
         "id",
         "length",
         "mark",
@@ -67,6 +69,7 @@ class Request:
         "then",
         "todo",
         "unit",
+        "watch",
     )
 
     def __init__(self, unit: Unit, op: int, flags: int, offset: int, length: int, since: float) -> None:
@@ -90,16 +93,20 @@ class Request:
         self.error = 0
         self.reply = b""  # a block status's payload
         self.deaths = 0  # of the driver's own making at which it was under way
-        self.mark = 0  # a flush: what is kept up to here is covered by it
+        self.mark = 0  # a flush: what is kept up to here is covered by it; a watched read: see Watched.expect
         self.answered = False
         self.riders: list[Request] = []  # the clients' requests that this one stands for
         self.carrier: Request | None = None  # under way: what it is asked for as a part of
         self.alone = False  # what it was a part of has failed
+        self.watch = False  # its sectors have to be the same when the device comes back
+        self.asked = False  # a driver was asked for it, this one or one before
+        self.held = False  # the driver says that the device is gone, and nobody else has said so yet
 
     def begin_again(self) -> None:
         """As if the driver had not been asked."""
         self.sent = 0.0
         self.todo = self.open = self.error = 0
+        self.held = False
         self.carrier = None
         self.reply = b""
 

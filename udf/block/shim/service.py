@@ -7,6 +7,7 @@ Called by: the loop, clients with requests, units with answers, recovery.py with
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
@@ -55,6 +56,8 @@ class Service:
         self.phase = Phase.OPENING
         self.pumping = False  # the phase is SERVING
         self.stopping = False  # no client is read any more
+        self.readers: set[Unit] = set()  # of which metadata was read, and no checksums are made yet
+        self.alarm = math.inf  # when a unit wants to look at something
         self.recovery = Recovery(self)
         self._scans: dict[Unit, Scan] = {}
         self._next_id = 0
@@ -85,7 +88,11 @@ class Service:
             self.answer(request, wire.EIO)
         elif request.op == wire.CMD_BLOCK_STATUS and unit.terms.context is None:
             self.answer(request, 0)
+        elif unit.away.is_over and self.phase is Phase.REPLAYING:
+            self.answer(request, wire.ESHUTDOWN)
         else:
+            if request.watch and request.op == wire.CMD_READ:
+                request.mark = unit.watched.expect(request.offset, request.length)
             if unit.size and request.op in (wire.CMD_WRITE, wire.CMD_WRITE_ZEROES):
                 unit.table_touched = True
             unit.queue.append(request)
@@ -102,8 +109,11 @@ class Service:
         self.requests.pop(request.id, None)
         client = request.client
         if client is not None:
-            if request.op == wire.CMD_FLUSH and not error and request.unit.lost != client.lost_seen:
-                error = wire.EIO  # something that it may have written was lost
+            if request.op == wire.CMD_FLUSH and not error:
+                unit = request.unit
+                if unit.lost != client.lost_seen or unit.unsafe != client.unsafe_seen:
+                    error = wire.EIO  # something that it may have written was lost, or a flush before this one failed
+                client.unsafe_seen = unit.unsafe
             client.reply(request, error)
             return
         request.error = request.error or error
@@ -134,11 +144,29 @@ class Service:
         if self.pumping:
             for unit in self.units:
                 unit.pump()
+                unit.rest()
 
     @property
     def detached(self) -> bool:
         """Whether the device is gone."""
         return self.phase is Phase.DETACHED
+
+    def digest(self) -> None:
+        """Make the checksums of the metadata that has been read."""
+        while self.readers:
+            self.readers.pop().watched.digest()
+
+    # ---- time
+
+    def wake_at(self, moment: float) -> None:
+        """A unit wants to look at something then."""
+        self.alarm = min(self.alarm, moment)
+
+    def ring(self, now: float) -> None:
+        """Let the units look, whose next moments are set anew."""
+        self.alarm = math.inf
+        for unit in self.units:
+            unit.check(now)
 
     # ---- memory
 
@@ -185,9 +213,12 @@ class Service:
         scan = self._scans[unit] = Scan(unit, self._scanned)
         scan.start()
 
-    def _scanned(self, unit: Unit, table: Table) -> None:
+    def _scanned(self, unit: Unit, table: Table | None) -> None:
         self._scans.pop(unit, None)
-        unit.table = table
+        if table is None:
+            unit.scan_again = True
+        else:
+            unit.table = table
         if not self._scans:
             self.publish()
 
@@ -251,6 +282,7 @@ class Service:
             charged_bytes=self.charged,
             kept_bytes=sum(unit.kept.bytes for unit in self.units),
             kept_writes=sum(len(unit.kept) for unit in self.units),
+            watched_sectors=sum(len(unit.watched) for unit in self.units),
             idle_bytes=self.pool.idle_bytes,
             claims=len(self.claims),
             units=len(self.units),

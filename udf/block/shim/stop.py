@@ -31,8 +31,9 @@ class Stop:
         s = self._s
         s.touched.update(s.clients)
         if not self._flushing:
-            # Without a driver nothing gets on, and there will be no other.
-            if self._is_under_way and s.phase is not Phase.PARKED and now < self._until:
+            # Without a driver nothing gets on, and there will be no other; nor will the device come back in time.
+            waits = s.phase in (Phase.SERVING, Phase.GREETING, Phase.REPLAYING) and not s.recovery.is_unverified
+            if self._is_under_way and waits and now < self._until:
                 return False
             self._flushing = True
             self._until = now + _PATIENCE

@@ -1,23 +1,29 @@
 """One unit of the driver: what waits for it, what is under way, and what it has acknowledged but not flushed.
 
 Owns: the order in which the driver is asked (that of arrival, within a bounded window), splitting what is larger than
-it takes and merging what is smaller, and the writes that are kept until a FLUSH. Must never: answer a client itself
+it takes and merging what is smaller, the writes that are kept until a FLUSH, and when the device is told to flush
+though nobody asks for it. Must never: answer a client itself
 (service.py does), or forget a request because of something that the driver says.
 Called by: service.py and recovery.py with requests, driver.py with what was settled.
+
+Over 400 lines: each way by which a request gets its answer is to be seen beside the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from udf.block import wire
 from udf.block.partitions import Table
+from udf.block.shim.away import Away
 from udf.block.shim.driver import DriverConnection, Terms
 from udf.block.shim.kept import Kept
 from udf.block.shim.request import WITH_DATA, WRITING, Piece, Request
 from udf.block.shim.streams import Ended
+from udf.block.shim.watched import Seen, Watched
 
 if TYPE_CHECKING:
     from udf.block.shim.service import Service
@@ -27,6 +33,7 @@ MERGED = 1 << 20  # bytes of requests, one behind the other, for which the drive
 _HOLD = 0.2  # seconds without an answer after which what could be merged with more waits no longer for that
 MOST_PIECES = 128  # and commands
 _WITHOUT_DATA = 32 << 20  # the largest piece of a command that carries no data: a slow device must get somewhere
+_CHANGING = WRITING | {wire.CMD_FLUSH}
 KEPT_LIMIT = 64 << 20  # bytes of writes that no FLUSH has covered
 _EXTENSIONS = 8  # deadlines that one piece may take while others are answered
 
@@ -53,13 +60,20 @@ class Unit:
         self.scan_again = False  # a look at its partition table did not come to its end
         self.gone = 0  # the errno for everything, once it is not there any more
         self.lost = 0  # how often something that was acknowledged was lost
+        self.unsafe = 0  # how often a flush of our own has failed; each client is told once
         self.connection: DriverConnection | None = None
         self.queue: deque[Request] = deque()
         self.kept = Kept(service.pool)
+        self.watched = Watched(service.pool)
+        self.watched.pin(0, self.size)
+        self.away = Away(self)
         self.under_way = 0  # bytes
         self._ghosts: set[Piece] = set()  # writes that nobody waits for any more
         self._own_flush: Request | None = None
         self._last_answer = 0.0
+        self._idle = service.config.idle_flush if self.can_flush else 0.0
+        self._flush_at = math.inf  # when the device is told to flush, if nobody writes until then
+        self._heads: set[int] = set()  # offsets of heads that are being read
 
     def connect(self, connection: DriverConnection) -> None:
         """Use this generation's connection."""
@@ -75,15 +89,17 @@ class Unit:
             self.connection.pieces.clear()
             self.connection = None
         self._ghosts.clear()
+        self._heads.clear()
         self.under_way = 0
         self._own_flush = None
+        self._flush_at = math.inf
 
     # ---- asking
 
     def pump(self) -> None:
         """Ask the driver for what waits, as far as the window allows."""
         connection, queue = self.connection, self.queue
-        if connection is None:
+        if connection is None or self.away.holds:
             return
         pieces = connection.pieces
         now = monotonic()
@@ -140,6 +156,7 @@ class Unit:
         merged.riders, merged.region, merged.sent = riders, first.region, now
         for request in riders:
             request.sent, request.todo, request.open, request.carrier = now, request.length, 1, merged
+            request.asked = True
             self.queue.popleft()
         return merged
 
@@ -151,6 +168,10 @@ class Unit:
         for request in riders:
             request.open, request.carrier = 0, None
             if request.answered:
+                continue
+            if merged.error == wire.ESHUTDOWN:
+                request.error = merged.error
+                self._finish(request)
                 continue
             if merged.error:
                 request.begin_again()
@@ -173,8 +194,11 @@ class Unit:
     def abandon(self, request: Request) -> None:
         """It is being answered without the driver, whose answer will mean nothing.
 
-        A write may still be carried out at any moment: until it is settled nobody else may write there.
+        A write may still be carried out at any moment: until it is settled nobody else may write there, and what is
+        there then may be the old, the new, or some of each.
         """
+        if request.asked and request.op in WRITING:
+            self.watched.unsure(request.offset, request.length)
         if request.open and self.connection is not None:
             for piece in self.connection.pieces.values():
                 if piece.request is request or (request.carrier is not None and piece.request is request.carrier):
@@ -186,6 +210,7 @@ class Unit:
     def begin(self, request: Request, now: float) -> None:
         """The driver is about to be asked for it."""
         request.sent = now
+        request.asked = True
         if request.op == _FLUSH:
             request.mark = self.kept.version
 
@@ -218,6 +243,8 @@ class Unit:
             request.error = wire.EIO
             self._finish(request)
             return
+        if request.watch:
+            request.mark = self.watched.expect(request.offset, request.length)
         self.service.register(request)
         self.ask_whole(request)
 
@@ -238,6 +265,7 @@ class Unit:
         request = Request(self, _FLUSH, 0, 0, 0, monotonic())
         request.then = self._own_flushed
         self._own_flush = request
+        self._flush_at = math.inf
         self.service.counters.flushes_own += 1
         self.send_own(request)
 
@@ -250,17 +278,71 @@ class Unit:
         if self._own_flush is not request:
             return
         self._own_flush = None
-        if request.error and self.kept.bytes >= KEPT_LIMIT // 2:
+        if request.error == wire.ESHUTDOWN:
+            if self.away.is_over:  # what waits for this flush would wait for ever
+                self.service.give_up_all(wire.ESHUTDOWN, self)
+        elif request.error and self.kept.bytes >= KEPT_LIMIT // 2:
             # The device cannot say that it is safe, and we cannot keep more: whoever flushes next is told.
             self.lose(len(self.kept))
             self.kept.covered(request.mark)
+        elif request.error:
+            self.unsafe += 1  # all of it is kept, and another flush may succeed; but whoever waits for one shall know
         if self.service.pumping:
             self.pump()
 
     def lose(self, count: int) -> None:
         """Something acknowledged is lost: no FLUSH of those who may have written it succeeds any more."""
         self.lost += 1
+        self.watched.doubt_unflushed()
         self.service.counters.kept_lost += count
+
+    # ---- without being asked
+
+    def rest(self) -> None:
+        """It is served again: what is kept is flushed when nobody writes any more, and heads are read."""
+        self._arm(monotonic())
+        self.read_heads()
+
+    def _arm(self, now: float) -> None:
+        if self._idle:
+            self._flush_at = now + self._idle
+            self.service.wake_at(self._flush_at)
+
+    def check(self, now: float) -> None:
+        """Do what its time has come for."""
+        self.away.check(now)
+        if now < self._flush_at < math.inf:
+            self.service.wake_at(self._flush_at)
+        elif now >= self._flush_at:
+            self._flush_at = math.inf
+            if not len(self.kept) or not self.service.pumping or self.away.holds or self.connection is None:
+                return
+            pieces = self.connection.pieces.values()
+            if any(piece.op in _CHANGING for piece in pieces) or any(one.op in _CHANGING for one in self.queue):
+                self._arm(now)
+                return
+            self.service.counters.flushes_idle += 1
+            self.flush_kept()
+
+    def watch_head(self, offset: int, size: int) -> None:
+        """Somebody uses what begins there."""
+        self.watched.pin(offset, size)
+        if self.service.pumping:
+            self.read_heads()
+
+    def read_heads(self) -> None:
+        """Read what has not been seen yet of the beginnings by which it is known again."""
+        if self.connection is None or self.away.holds:
+            return
+        block = self.terms.minimum
+        for offset, size in self.watched.unseen_heads():
+            start, end = offset - offset % block, min(self.size, -(-(offset + size) // block) * block)
+            if offset not in self._heads and start < end:
+                self._heads.add(offset)
+                request = Request(self, _READ, 0, start, end - start, monotonic())
+                request.watch = True
+                request.then = lambda _, offset=offset: self._heads.discard(offset)
+                self.send_own(request)
 
     # ---- answers
 
@@ -280,10 +362,14 @@ class Unit:
         if piece.op in WITH_DATA:
             self.under_way -= piece.length
         request = piece.request
-        self._ghosts.discard(piece)
+        if piece in self._ghosts:
+            self._ghosts.discard(piece)
+            self.watched.unsure(piece.at, piece.length)
         if request is not None:
             request.open -= 1
             request.error = request.error or error
+            if not request.error:
+                self.away.answered()
             if not request.open and (request.todo >= request.length or request.error):
                 self._finish(request)
         if self.queue and self.service.pumping:
@@ -294,16 +380,55 @@ class Unit:
         if request.riders:
             self._unmerge(request)
             return
-        if op in WRITING:
-            # A FUA write is safe, but it must not be undone by an older one that is written again.
-            keep = self.can_flush and request.client is not None and (not request.flags & _FUA or len(self.kept))
-            if keep and not request.error:
-                self.kept.add(request.offset, request.length, op, request.flags & wire.CMD_FLAG_NO_HOLE, request.buffer)
-                if self.kept.bytes >= KEPT_LIMIT // 2 and self.connection is not None:
-                    self.flush_kept()
+        if op == _READ:
+            if request.watch and not request.error:
+                self._learn(request)
+        elif op in WRITING:
+            if request.client is not None:
+                self._wrote(request)
         elif op == _FLUSH and not request.error:
             self.kept.covered(request.mark)
+            self.watched.flushed(request.mark)
+        if request.error == wire.ESHUTDOWN:
+            if request.client is None:
+                self.away.begins(self._last_answer)
+            elif self.away.hold(request, self._last_answer):
+                return
         self.service.answer(request, request.error)
+
+    def _learn(self, request: Request) -> None:
+        """What has been read is metadata, and is to be the same later; unless it was read in the middle of a write."""
+        assert request.buffer is not None
+        start, end = request.offset, request.offset + request.length
+        pieces = self.connection.pieces.values() if self.connection is not None else ()
+        for piece in pieces:
+            if piece.op in WRITING and piece.at < end and start < piece.at + piece.length:
+                # Whether this is from before or after it is nobody's guess, and it may still fail.
+                self.watched.unsure(max(start, piece.at), min(end, piece.at + piece.length) - max(start, piece.at))
+                return
+        seen = Seen(start, request.length, request.buffer, request.at, request.mark, self.kept.within(start, end))
+        self.watched.learn_later(seen)
+        self.service.readers.add(self)
+
+    def _wrote(self, request: Request) -> None:
+        """A client's write is done, or has failed: what must be kept of it, and what is there now."""
+        offset, length, buffer = request.offset, request.length, request.buffer
+        if request.error:
+            self.watched.unsure(offset, length)
+            return
+        fua = bool(request.flags & _FUA)
+        # A FUA write is safe, but it must not be undone by an older one that is written again.
+        if self.can_flush and (not fua or len(self.kept)):
+            self.kept.add(offset, length, request.op, request.flags & wire.CMD_FLAG_NO_HOLE, buffer)
+            self._arm(self._last_answer)
+            if self.kept.bytes >= KEPT_LIMIT // 2 and self.connection is not None:
+                self.flush_kept()
+        if request.op == wire.CMD_TRIM:
+            self.watched.unsure(offset, length)
+            return
+        data = buffer.view[request.at : request.at + length] if buffer is not None else None
+        version = self.kept.version if self.can_flush and not fua else None
+        self.watched.written(offset, length, data, version=version, flagged=request.watch)
 
     # ---- time
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import random
 import stat
@@ -18,6 +19,7 @@ import stat
 PAGE = 4096
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _ZEROS = bytes(1 << 20)
+_LARGE = 64 * 1024  # bytes that are sent from where the kernel has them
 
 
 class Medium:
@@ -41,6 +43,8 @@ class Medium:
         self.cache = cache
         self._keep = keep
         self._choice = random.Random(seed)  # noqa: S311 - reproducible on purpose
+        self._map: memoryview | None = None
+        self._cannot_map = False
         self._dirty: dict[int, bytearray] = {}  # page -> its content, oldest first
         self._fd = _open(path, read_only) if path is not None else os.memfd_create("udf-medium")
         try:
@@ -54,6 +58,7 @@ class Medium:
     def close(self) -> None:
         """Give the file back. What was not flushed is lost."""
         self._dirty.clear()
+        self._map = None  # what is still to be sent keeps it
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -63,8 +68,12 @@ class Medium:
         """Bytes that the next loss of power would take."""
         return len(self._dirty) * PAGE
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Exactly so many bytes; OSError if the file is shorter by now."""
+    def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Exactly so many bytes; OSError if the file is shorter by now. Valid until the next write."""
+        if size >= _LARGE and not self._dirty and os.fstat(self._fd).st_size >= offset + size:
+            mapped = self._mapped()
+            if mapped is not None:
+                return mapped[offset : offset + size]
         data = os.pread(self._fd, size, offset)
         if len(data) != size:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -80,6 +89,15 @@ class Medium:
             begin, end = max(offset, page * PAGE), min(offset + size, page * PAGE + PAGE)
             mixed[begin - offset : end - offset] = content[begin - page * PAGE : end - page * PAGE]
         return bytes(mixed) if mixed is not None else data
+
+    def _mapped(self) -> memoryview | None:
+        """The file in our address space. The kernel alone looks into it, when it sends: if it is cut, that fails."""
+        if self._map is None and not self._cannot_map:
+            try:
+                self._map = memoryview(mmap.mmap(self._fd, self.size, prot=mmap.PROT_READ))
+            except (OSError, ValueError):
+                self._cannot_map = True
+        return self._map
 
     def write(self, offset: int, data: bytes | memoryview, *, through: bool = False) -> None:
         """Into the cache, if there is one, or (*through*: FUA) to the medium."""

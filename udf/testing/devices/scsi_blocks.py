@@ -52,7 +52,7 @@ def read_blocks(unit: Unit, cdb: bytes) -> Plan:
     size = unit.block_size
     base = lba * size
 
-    def read(position: int, length: int) -> bytes:
+    def read(position: int, length: int) -> bytes | memoryview:
         if unit.bad:
             _broken(unit, (base + position) // size, -(-length // size), 0x11)
         return carefully(lambda: medium.read(base + position, length), 0x11)

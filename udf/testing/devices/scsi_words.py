@@ -49,7 +49,7 @@ class Plan:
 
     to_host: int = 0
     from_host: int = 0
-    read: Callable[[int, int], bytes] | None = None
+    read: Callable[[int, int], bytes | memoryview] | None = None
     write: Callable[[int, bytes], None] | None = None
     finish: Callable[[], None] | None = None
 
