@@ -81,7 +81,7 @@ class Attributes(pyfuse3.Operations):
     async def _open(self) -> None:
         source = self._source
         try:
-            client = await BlockClient.open(source, claim=not self.read_only)
+            client = await BlockClient.open(source, claim=not self.read_only, watch=True)
         except PermissionError as exc:
             if exc.errno == errno.EPERM:
                 raise UserError(

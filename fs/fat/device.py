@@ -31,7 +31,6 @@ class Device:
         self.read_only = client.read_only
         self.gone = False  # nothing more will be read or written by this process
         self.writes = 0  # that were done
-        self._watches = {"watch": True} if getattr(client, "watching", False) else {}
 
     def limit(self, size: int) -> None:
         """Keep everything within the first *size* bytes."""
@@ -50,13 +49,12 @@ class Device:
     async def read(self, offset: int, size: int, *, watch: bool = False) -> bytearray:
         """Exactly these bytes, which may be more than one command carries. *watch*: they are metadata."""
         self._check(offset, size)
-        flags = self._watches if watch else {}
         try:
             if size <= self.most:
-                return await self._client.read(offset, size, **flags)
+                return await self._client.read(offset, size, watch=watch)
             whole = bytearray()
             while len(whole) < size:
-                whole += await self._client.read(offset + len(whole), min(self.most, size - len(whole)), **flags)
+                whole += await self._client.read(offset + len(whole), min(self.most, size - len(whole)), watch=watch)
             return whole
         except (OSError, DeviceGone) as exc:
             raise self._failure(exc) from None
@@ -73,14 +71,13 @@ class Device:
     async def write(self, offset: int, data: Data, *, watch: bool = False) -> None:
         """Write all of them; they must not change any more."""
         self._check(offset, len(data))
-        flags = self._watches if watch else {}
         try:
             if len(data) <= self.most:
-                await self._client.write(offset, data, **flags)
+                await self._client.write(offset, data, watch=watch)
             else:
                 view = memoryview(data)
                 for at in range(0, len(view), self.most):
-                    await self._client.write(offset + at, view[at : at + self.most], **flags)
+                    await self._client.write(offset + at, view[at : at + self.most], watch=watch)
         except (OSError, DeviceGone) as exc:
             raise self._failure(exc) from None
         self.writes += 1

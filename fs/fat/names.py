@@ -46,11 +46,14 @@ def codec(codepage: int) -> str:
 
 
 def from_kernel(name: bytes) -> str:
-    """A name as a program gave it. EINVAL when it is not UTF-8, as Linux says."""
+    """A name as a program gave it. EINVAL when it is not UTF-8; ENAMETOOLONG when none can be so long."""
     try:
-        return name.decode()
+        text = name.decode()
     except UnicodeDecodeError:
         raise OSError(errno.EINVAL, "the name is not UTF-8") from None
+    if len(name) > MAX_UNITS and len(trimmed(text).encode("utf-16-le")) > 2 * MAX_UNITS:
+        raise OSError(errno.ENAMETOOLONG, "the name has more than 255 characters")
+    return text
 
 
 def to_kernel(name: str) -> bytes:

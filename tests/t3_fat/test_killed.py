@@ -3,7 +3,7 @@
 A child process runs random operations and is killed (SIGKILL) at a random line of fs/fat or of the store. The next one
 has the same store, finishes what was under way, and is told the unanswered operation again, as the mount's shim would:
 then the volume is clean without any repair (nothing leaked) and the tree is what the model says.
-FAT_KILLS is the number of operations per volume (30), FAT_KILLS_SEED the seed.
+FAT_KILLS is the number of operations per volume (20), FAT_KILLS_SEED the seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.t3_fat.zoo import Geometry
 from udf import Store
 from udf.driver.memory import create_memfds
 
-OPERATIONS = int(os.environ.get("FAT_KILLS", "30"))
+OPERATIONS = int(os.environ.get("FAT_KILLS", "20"))
 SEED = int(os.environ.get("FAT_KILLS_SEED", "1"))
 CODE = "fs/fat/|udf/driver/journal|udf/driver/shelf"
 KINDS = [Geometry(12, 1024, clusters=400), Geometry(16, 512), Geometry(32, 512, clusters=900, few=True)]

@@ -157,3 +157,21 @@ async def test_what_was_freed_is_not_written_over_before_a_flush(tmp_path: Path)
         fsck(image)
     finally:
         unit.close()
+
+
+async def test_a_write_protected_device_is_served_read_only(tmp_path: Path) -> None:
+    image = make(tmp_path / "image", 40 * MIB, kind=32)
+    async with opened(image) as operations:
+        await Disk(operations).write_file("/file", b"x")
+    unit = Image(image)
+    unit.read_only = True
+    try:
+        async with opened(image, unit=unit) as operations:
+            disk = Disk(operations)
+            assert await disk.read_file("/file") == b"x"
+            with pytest.raises(pyfuse3.FUSEError) as caught:
+                await disk.unlink("/file")
+            assert caught.value.errno == errno.EROFS
+        assert not unit.count["write"]
+    finally:
+        unit.close()

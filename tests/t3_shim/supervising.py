@@ -317,6 +317,8 @@ def mounted(
         shim.wait_for("mounted")
         yield mount
         mount.end_programs()
+        if shim.process.poll() is not None:
+            shim.wait_for("end")  # what it said last may lie in the socket still
         if not shim.said("end"):
             mount.unmount()
         else:
