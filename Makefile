@@ -22,7 +22,7 @@ lint: setup
 	@$(PYTHON) -m mypy
 
 test: setup-test lint  ## lint, types, all tests
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m tests $(PYTEST_ARGS)
 
 bench: setup-test  ## UDF beside its peers, in one run
 	@$(PYTHON) -m tests.benchmarks $(BENCH_ARGS)

@@ -667,6 +667,7 @@ def test_an_unplug_and_then_no_hope_is_an_error_like_any_other():
         assert mount.fails("mkdir", "new") == errno.EIO
         assert mount.do("stat", "d/inner")["st_size"] == 5
         unplug(mount)
+        wait_until_over(mount)
         assert mount.fails("stat", "d/inner") == errno.ENODEV
         mount.next_driver()
         mount.do("mkdir", "new")

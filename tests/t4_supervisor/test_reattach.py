@@ -342,15 +342,17 @@ async def test_a_driver_may_die_while_its_device_comes_back(stick: Stick, which:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stick.disk.take_back, stick.lease)
         with trio.fail_after(10):
-            while killed < 2:
+            while killed < 2 and endpoint.instance.state is not State.ACTIVE:
                 if endpoint.instance.state is State.DETACHED and endpoint.driver.pid:
                     try:
                         os.kill(endpoint.driver.pid, signal.SIGKILL)
                     except ProcessLookupError:
                         pass
                     killed += 1
-                await trio.sleep(0.02)
+                    await trio.sleep(0.02)
+                await trio.sleep(0.002)
     await stick.goes_on()
+    assert killed
     assert (await read(stick.data))[:6] == b"before"
     assert stick.volume.recovery.restarts_left == stick.disk.recovery.restarts_left == 4
 
