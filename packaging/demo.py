@@ -153,10 +153,11 @@ class Copy(threading.Thread):
         try:
             with self._source.open("rb") as source:
                 source.seek(self.done)
-                while (data := source.read(CHUNK)) and not self._stopped.is_set():
+                while not self._stopped.is_set() and (data := source.read(CHUNK)):
                     began = time.monotonic()
                     self.done += os.write(self._file, data)
-            os.fsync(self._file)
+            if not self._stopped.is_set():  # else the file may be closed: who is just starting is not waited for
+                os.fsync(self._file)
         except OSError as error:
             self.error, self.waited = error, time.monotonic() - began
 
