@@ -155,13 +155,14 @@ def test_memory_of_removed_files_goes_back_to_the_system() -> None:
 
     arena = Arena(Space(1 << 28, 10))
     small = [Contents(arena) for _ in range(8192)]
-    before = resident()
-    for file in small:
-        file.write(0, bytes(PAGE))
     large = Contents(arena)
-    large.write(0, bytes(32 << 20))
-    assert resident() - before > 60 << 20
-    truncate(large, 0)
-    for file in small:
-        truncate(file, 0)
-    assert resident() - before < 16 << 20  # what is left is the interpreter's own, and depends on what ran before
+    for _ in range(2):  # the interpreter takes some for itself the first time, more or less by what ran before
+        before = resident()
+        for file in small:
+            file.write(0, bytes(PAGE))
+        large.write(0, bytes(32 << 20))
+        assert resident() - before > 60 << 20
+        truncate(large, 0)
+        for file in small:
+            truncate(file, 0)
+    assert resident() - before < 4 << 20
