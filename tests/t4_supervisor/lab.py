@@ -194,3 +194,17 @@ async def errno_of_read(path: Path) -> int:
         return 0
 
     return await trio.to_thread.run_sync(fail, abandon_on_cancel=True)
+
+
+def write(path: Path, data: bytes, offset: int = 0) -> None:
+    file = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(file, data, offset)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+async def in_thread(work, *arguments):  # type: ignore[no-untyped-def]
+    with trio.fail_after(20):
+        return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)

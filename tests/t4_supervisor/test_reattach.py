@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from lab import ROOT, EmulatedLease, Lab, gone, read
+from lab import ROOT, EmulatedLease, Lab, gone, in_thread, read, write
 from real import needs_fuse
 
 from udf.errors import UserError
@@ -79,20 +79,6 @@ async def stick_in(lab: Lab, tmp_path: Path, name: str = "disk0", **options: str
 @pytest.fixture
 async def stick(lab: Lab, tmp_path: Path) -> Stick:
     return await stick_in(lab, tmp_path)
-
-
-def write(path: Path, data: bytes, offset: int = 0) -> None:
-    file = os.open(path, os.O_WRONLY)
-    try:
-        os.pwrite(file, data, offset)
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-async def in_thread(work, *arguments):  # type: ignore[no-untyped-def]
-    with trio.fail_after(20):
-        return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)
 
 
 async def test_a_volume_is_a_mount_of_an_export_and_ends_before_it(lab: Lab, stick: Stick) -> None:

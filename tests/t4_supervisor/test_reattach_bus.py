@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import trio
 from desk import Desk, desk_at
-from lab import gone, read
+from lab import gone, in_thread, read, write
 from real import needs_fuse
 
 from udf.fuse.mountinfo import find_mount
@@ -26,20 +25,6 @@ async def desk(own_rundir: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sockets, "rundir", lambda: runtime_dir)
     async with desk_at(runtime_dir) as desk:
         yield desk
-
-
-def write(path: Path, data: bytes, offset: int = 0) -> None:
-    file = os.open(path, os.O_WRONLY)
-    try:
-        os.pwrite(file, data, offset)
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-async def in_thread(work, *arguments):  # type: ignore[no-untyped-def]
-    with trio.fail_after(20):
-        return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)
 
 
 def said(desk: Desk, name: str) -> list[tuple[str, str]]:
