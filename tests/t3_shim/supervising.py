@@ -272,11 +272,13 @@ class Mount:
         until = time.monotonic() + 10
         while True:
             self.shim.messages[:] = [message for message in self.shim.messages if message["t"] != "busy"]
-            self.shim.send({"t": "unmount", "lazy": False})
+            with contextlib.suppress(BrokenPipeError):  # a lazy unmount before this one has just come to its end
+                self.shim.send({"t": "unmount", "lazy": False})
             while not (done := self.shim.said("unmounted") or self.shim.said("end")) and not self.shim.said("busy"):
                 assert time.monotonic() < until, f"it does not unmount: {self.shim.messages} {self.shim.log()}"
                 time.sleep(0.002)
             if done:
+                assert self.shim.said("unmounted"), f"the shim ended: {self.shim.messages} {self.shim.log()}"
                 break
             assert time.monotonic() < until, "it stays busy"
             time.sleep(0.02)
