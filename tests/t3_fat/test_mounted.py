@@ -6,6 +6,7 @@ import ctypes
 import errno
 import filecmp
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,24 @@ def test_a_file_that_is_removed_while_it_is_open_survives_its_driver(stick: Stic
         file.seek(0)
         assert file.read() == b"kept" * 100_000 + b"more"
         assert os.listdir(stick.root) == []
+
+
+@pytest.mark.skipif(not shutil.which("mcopy"), reason="needs mtools")
+def test_what_was_left_on_a_stick_that_was_pulled_out_for_good_is_removed(tmp_path: Path, image: Path) -> None:
+    """It had been removed while a program had it open, on another machine, and took its place for ever, unseen."""
+    left = "::.udf-hidden-00000000-00000000-4194000-1-5"
+    (tmp_path / "old").write_bytes(b"x" * 100_000)
+    for name in (left, "::kept"):
+        subprocess.run(["mcopy", "-i", image, tmp_path / "old", name], check=True)
+    with Stick(tmp_path, image) as mounted:
+        assert os.listdir(mounted.root) == ["kept"]
+        until = time.monotonic() + 10
+        listed = ""
+        while listed.split() != ["::/kept"]:
+            assert time.monotonic() < until, listed
+            command = ["mdir", "-a", "-b", "-i", image]
+            listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    fsck(image)
 
 
 def test_a_copy_goes_on_over_the_deaths_of_the_driver(tmp_path: Path, stick: Stick) -> None:

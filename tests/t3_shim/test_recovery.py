@@ -316,6 +316,20 @@ def test_what_a_killed_shim_has_left_is_removed_by_the_next():
         ]
 
 
+def test_what_another_machine_has_left_on_a_stick_is_removed():
+    """A stick that was pulled out for good while a removed file was open kept that file for ever, unseen."""
+    left = b".udf-hidden-00000000-00000000-4194000-1-5"
+
+    def leave(driver: RawDriver) -> None:
+        grow(driver)
+        driver.tree.file(left.decode(), b"another machine's")
+        driver.tree.file(".udf-hidden-letters", b"somebody's own")
+
+    with recovering(leave, hide=True, exclusive=True) as mount:
+        mount.driver.wait_until(lambda: left not in mount.tree.nodes[ROOT].children)
+        assert b".udf-hidden-letters" in mount.tree.nodes[ROOT].children
+
+
 # ---- while there is none
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import zlib
 from struct import Struct
@@ -36,6 +37,7 @@ BODY = IN_HEADER.size
 _U64 = Struct("=Q")
 _DIRENT = Struct("=QQII")
 _CHUNK = 64 * 1024
+_WHOLE = re.compile(re.escape(HIDDEN_NAME) + rb"[0-9a-f]{8}-[0-9a-f]{8}-[0-9]+-[0-9]+-[0-9a-f]+")
 _CHUNKS = 1000  # of the root's listing that are looked through for what was left
 
 
@@ -70,7 +72,11 @@ class Hiding:
             self.removing.discard(name)
 
     def clean_up(self, s: Service) -> Step:
-        """Remove what shims of this machine that live no more have left at the root."""
+        """Remove what shims that live no more have left at the root.
+
+        What is exclusively ours nobody else has files open in, so there that is what any machine has left: a stick that
+        was pulled out for good meanwhile, and is plugged in here.
+        """
         error, reply = yield Ask(Opcode.OPENDIR, ROOT, OPEN_IN.pack(os.O_RDONLY | os.O_DIRECTORY, 0))
         if error and error != errno.ENOSYS:
             return
@@ -88,7 +94,7 @@ class Hiding:
                 name = chunk[at + head + _DIRENT.size : at + head + _DIRENT.size + length]
                 if plus and name not in (b".", b".."):
                     forget_look(s, 0, chunk[at : at + 8])
-                if name.startswith(HIDDEN_NAME) and _is_left(name):
+                if name.startswith(HIDDEN_NAME) and self._is_left(name, anybodys=s.exclusive):
                     names.append(name)
                 at += (head + _DIRENT.size + length + 7) & ~7
             if error or not chunk or offset == before:
@@ -96,6 +102,11 @@ class Hiding:
         yield Ask(Opcode.RELEASEDIR, ROOT, RELEASE_IN.pack(handle, 0, 0, 0))
         for name in names:
             yield Ask(Opcode.UNLINK, ROOT, name + b"\0")
+
+    def _is_left(self, name: bytes, *, anybodys: bool) -> bool:
+        if anybodys:
+            return _WHOLE.fullmatch(name) is not None and not name.startswith(self._prefix + b"-")
+        return _is_left(name)
 
 
 def needs_hiding(s: Service, slot: int) -> bool:
