@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import filecmp
+import json
 import os
 import shutil
 import signal
@@ -58,7 +59,10 @@ class Stick:
             self.medium.close()
 
     def row(self) -> dict[str, Any]:
-        return next(row for row in self.udf.mounts() if row["mountpoint"] == str(self.root))
+        # Closed after vfork(2), a file that is open here would be flushed while the server in this very process stands
+        # still until the child is executed. All are closed on exec anyway.
+        told = self.udf.done("status", "--json", close_fds=False)
+        return next(row for row in json.loads(told)["mounts"] if row["mountpoint"] == str(self.root))
 
     def kill_driver(self) -> None:
         os.kill(self.row()["driver_pid"], signal.SIGKILL)
