@@ -91,8 +91,9 @@ def hide_fuse_mounts(keep_paths: Iterable[str]) -> None:
             sys_.umount2(point, sys_.MNT_DETACH | sys_.UMOUNT_NOFOLLOW)
             detached.append(point)
         except OSError as exc:
-            # In a user namespace the mounts that we inherited are locked together and stay; they only stay visible.
-            if os.geteuid() == 0:
+            # In a user namespace the mounts that we inherited are locked together and stay; they only stay visible (and
+            # see udf/shim/elsewhere.py). One that has been unmounted since the look is no news.
+            if os.geteuid() == 0 and point in fuse_mountpoints():
                 _say(f"the mount {os.fsdecode(point)} stays visible: {exc.strerror}")
 
 
