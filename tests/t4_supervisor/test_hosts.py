@@ -335,6 +335,14 @@ async def test_a_driver_that_ran_out_of_memory_is_told_from_one_that_was_killed(
         assert host.process.max_rss > 100_000
 
 
+@needs_root
+def test_in_a_pid_namespace_the_numbers_of_the_kernels_log_are_not_ours() -> None:
+    """In a container an out-of-memory death passed for a kill from outside: the driver was replaced for ever."""
+    code = "from udf.supervisor import oom; print(oom.was_killed(1, 5, 6))"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    assert subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout == b"True\n"
+
+
 def test_a_kill_is_not_the_oom_killers_when_it_counts_none() -> None:
     assert not oom.was_killed(1, 5, 5)
     assert not oom.was_killed(1, None, 5)

@@ -5,7 +5,8 @@ heartbeat that is due, and at its death by SIGKILL.
 
 The counter in /proc/vmstat is there for everyone and counts every kill of the system, those of a cgroup's limit too: if
 it has not moved, nobody was killed. If it has, the kernel's log names the process; where we may not read that (it is
-root's, as a rule), the kill is taken for ours, because another at the same time is unlikely.
+root's, as a rule), or where processes have other numbers than the log's (in a container), the kill is taken for ours,
+because another at the same time is unlikely.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _MAX_RECORDS = 20_000  # of the kernel's log; more than its buffer has
+_INITIAL = "pid:[4026531836]"  # the kernel's own PID namespace, whose numbers the log has: PROC_PID_INIT_INO
 _KILLED = re.compile(rb"Killed process (\d+) ")
 
 
@@ -38,6 +40,8 @@ def _named(last: int) -> list[int] | None:
     """The pids of the last kills in the kernel's log; None if it cannot be read or does not tell all of them."""
     found: list[int] = []
     try:
+        if os.readlink("/proc/self/ns/pid") != _INITIAL:
+            return None
         log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
