@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, make_runtime_dir
-from tests.t3_shim.program import Program
+from tests.t3_shim.program import PATIENCE, Program
 from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.tree import Tree
 
@@ -87,7 +87,7 @@ class Shim:
         found = [message for message in list(self.messages) if message["t"] == kind]
         return [message for message in found if all(message.get(key) == value for key, value in values.items())]
 
-    def wait_for(self, kind: str, seconds: float = 10.0, **values: object) -> Message:
+    def wait_for(self, kind: str, seconds: float = PATIENCE, **values: object) -> Message:
         """Wait until it says this."""
         until = time.monotonic() + seconds
         with self._changed:
@@ -98,7 +98,7 @@ class Shim:
                 self._changed.wait(left)
         return found[-1]
 
-    def wait_for_count(self, kind: str, count: int, seconds: float = 10.0) -> Message:
+    def wait_for_count(self, kind: str, count: int, seconds: float = PATIENCE) -> Message:
         """Wait until it has said this so many times."""
         until = time.monotonic() + seconds
         with self._changed:
@@ -140,13 +140,13 @@ class Shim:
         self.forget_descriptors()
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         self.control.close()
         try:
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
             raise
 
 
@@ -219,11 +219,11 @@ class Mount:
             self._usual = self.program()
         return self._usual
 
-    def do(self, call: str, name: str = "", *args: object, seconds: float = 10.0) -> Any:
+    def do(self, call: str, name: str = "", *args: object, seconds: float = PATIENCE) -> Any:
         """Do *call* on a path in the mount."""
         return self.usual.do(call, self.path(name), *args, seconds=seconds)
 
-    def fails(self, call: str, name: str = "", *args: object, seconds: float = 10.0) -> int:
+    def fails(self, call: str, name: str = "", *args: object, seconds: float = PATIENCE) -> int:
         """The errno of a call on a path in the mount, which must fail."""
         return self.usual.fails(call, self.path(name), *args, seconds=seconds)
 
@@ -269,7 +269,7 @@ class Mount:
 
     def unmount(self) -> None:
         """Unmount in order, as the supervisor does. The kernel may still be closing what ended programs had open."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while True:
             self.shim.messages[:] = [message for message in self.shim.messages if message["t"] != "busy"]
             with contextlib.suppress(BrokenPipeError):  # a lazy unmount before this one has just come to its end
@@ -282,7 +282,7 @@ class Mount:
                 break
             assert time.monotonic() < until, "it stays busy"
             time.sleep(0.02)
-        assert self.shim.process.wait(10) == 0, self.shim.log()
+        assert self.shim.process.wait(PATIENCE) == 0, self.shim.log()
 
 
 @contextlib.contextmanager
