@@ -207,14 +207,14 @@ async def end_by_unmount(desk: Desk, plugged: Plugged, volume: Mount) -> None:
 async def end_by_another(desk: Desk, plugged: Plugged, volume: Mount) -> None:
     await desk.take_away(plugged)
     other = await desk.plug(desk.image("other"), "other")
-    await gone(volume, 10)
+    await gone(volume)
     await desk.take_away(other)
 
 
 async def end_by_change(desk: Desk, plugged: Plugged, volume: Mount) -> None:
     await desk.take_away(plugged)
     changed = await desk.plug(desk.image("changed", 3 << 20), plugged.device.serial or "")
-    await gone(volume, 10)
+    await gone(volume)
     await desk.take_away(changed)
 
 
@@ -244,8 +244,8 @@ async def test_however_a_volume_ends_while_its_device_is_away_nothing_is_left(de
         await ENDS[number % len(ENDS)](desk, plugged, volume)
         if chance.random() < 0.5:
             await kill(volume)
-        await gone(volume, 15)
-        await gone(disk, 15)
+        await gone(volume)
+        await gone(disk)
         assert volume.instance.reason in reasons, volume.instance.text
         assert find_mount(volume.plan.mountpoint) is None
         with pytest.raises(OSError) as failure:
