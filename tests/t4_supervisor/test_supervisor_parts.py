@@ -308,6 +308,33 @@ def test_the_client_says_so_when_it_is_not_varlink(tmp_path: Path) -> None:
         thread.join()
 
 
+def test_a_private_supervisor_that_ends_while_it_is_greeted_is_not_there(own_rundir: Path) -> None:
+    """Whoever asked for the mounts of all supervisors was told that this one had closed the connection."""
+    socket_, lock_ = (sockets.private_directory() / f"m.sock{end}" for end in ("", ".lock"))
+    sockets.make_directory(own_rundir)
+    sockets.make_directory(socket_.parent)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import socket,sys\nfrom pathlib import Path\nfrom udf.supervisor import sockets\n"
+            "sockets.Lock.take(Path(sys.argv[2]))\nlistening = socket.socket(socket.AF_UNIX)\n"
+            "listening.bind(sys.argv[1])\nlistening.listen()\nprint(flush=True)\n"
+            "connection, _ = listening.accept()\nconnection.recv(1)",
+            str(socket_),
+            str(lock_),
+        ],
+        stdout=subprocess.PIPE,
+        env={"PYTHONPATH": str(PACKAGING.parents[1])},
+    )
+    assert holder.stdout
+    holder.stdout.readline()
+    assert sockets.private_sockets() == [socket_]
+    assert list(supervisors()) == []
+    holder.communicate()
+    assert sockets.private_sockets() == []
+
+
 # ---- paths
 
 
