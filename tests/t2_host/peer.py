@@ -26,7 +26,7 @@ from udf.fuse.flags import Init
 from udf.fuse.opcodes import Opcode
 
 REPO = Path(__file__).resolve().parents[2]
-TIMEOUT = 15.0
+TIMEOUT = 40.0
 BUFFER = 2 * 1024 * 1024
 ROOT = 1
 
@@ -376,7 +376,7 @@ class Host:
         self.driver_end.close()
         if self.process.poll() is None:
             try:
-                self.process.wait(3)
+                self.process.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()

@@ -21,7 +21,8 @@ from udf.block import wire
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = Path(__file__).with_name("drivers")
 MIB = 1 << 20
-LONG = 20.0  # seconds that anything may take on a busy machine
+LONG = 40.0  # seconds that anything may take on a busy machine
+AT_ONCE = 10.0  # seconds: that much less than any patience, and more than a busy machine takes
 
 
 class Driver:

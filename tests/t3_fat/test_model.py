@@ -52,7 +52,7 @@ ALIKE = {
 
 def recent(moment: float, seconds: float) -> bool:
     """Whether a written time may be that of something that was done just now; FAT counts in twos."""
-    return -3 <= moment - seconds <= 3
+    return -10 <= moment - seconds <= 10
 
 
 @dataclasses.dataclass

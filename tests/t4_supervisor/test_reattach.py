@@ -176,7 +176,7 @@ async def test_each_volume_of_a_device_waits_for_its_own_time(lab: Lab, stick: S
     await gone(none)
     await gone(short)
     assert (none.instance.reason, short.instance.reason) == (Reason.UNPLUGGED, Reason.EXPIRED)
-    assert stick.disk.is_waiting
+    await stick.is_away()
     assert await stick.plug()
     await stick.goes_on()
     assert stick.disk.volumes == [stick.volume]
