@@ -30,6 +30,7 @@ from udf.fuse.mount import (
     unmount,
 )
 from udf.fuse.opcodes import Opcode
+from udf.host import sandbox
 
 NOBODY = 65534
 
@@ -139,6 +140,7 @@ def public_device() -> None:
             or libc.mount(node.encode(), b"/dev/fuse", None, ctypes.c_ulong(ms_bind), None)
         ):
             raise RuntimeError(f"cannot make a public /dev/fuse here: {os.strerror(ctypes.get_errno())}")
+        sandbox.hide_fuse_mounts(())  # what others unmount must not wait for us
     finally:
         os.unlink(node)
 
