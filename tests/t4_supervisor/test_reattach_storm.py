@@ -129,7 +129,7 @@ async def restart(endpoint) -> None:  # type: ignore[no-untyped-def]
         await endpoint.restart()
 
 
-@pytest.mark.timeout(60 + 20 * EPISODES)
+@pytest.mark.timeout(300 + 20 * EPISODES)
 async def test_whatever_is_killed_and_pulled_a_program_goes_on_with_what_it_has_written(desk: Desk) -> None:
     print(f"UDF_STORM_SEED={SEED}")
     chance = random.Random(SEED)
@@ -228,7 +228,7 @@ async def end_by_shim(desk: Desk, plugged: Plugged, volume: Mount) -> None:
 ENDS = (end_by_grace, end_by_unmount, end_by_another, end_by_change, end_by_shim)
 
 
-@pytest.mark.timeout(60 + 20 * EPISODES)
+@pytest.mark.timeout(300 + 20 * EPISODES)
 async def test_however_a_volume_ends_while_its_device_is_away_nothing_is_left(desk: Desk) -> None:
     print(f"UDF_STORM_SEED={SEED}")
     chance = random.Random(SEED)
