@@ -34,9 +34,12 @@ from udf.shim.remembered import REMEMBERED
 from udf.shim.requests import negative
 from udf.shim.service import Service
 from udf.shim.stale import answer_stale, removed_directory
+from udf.shim.window import BadSpans
+from udf.window import IN_WINDOW
 
 if TYPE_CHECKING:
     from udf.shim.link import Link
+    from udf.shim.window import Window
 
 OUT = OUT_HEADER.size
 BODY = IN_HEADER.size
@@ -85,6 +88,9 @@ def on_message(s: Service, link: Link, size: int) -> None:
         return
     if link.mixed and link.incomplete:
         _broken(s, link)
+    if error == IN_WINDOW and length == size and link.window is not None:
+        _in_window(s, link, link.window, unique, size)
+        return
     if unique >= OWN_UNIQUE:
         _own(s, link, unique, error, size, whole=length == size and (not error or size == OUT))
         return
@@ -100,6 +106,36 @@ def on_message(s: Service, link: Link, size: int) -> None:
             s.answer_error(unique, errno.EIO)
         return
     _finish(s, link, pending, unique, error, size)
+
+
+def _in_window(s: Service, link: Link, window: Window, unique: int, size: int) -> None:
+    """An answer that points at where it is. It is dealt with when we are back, whatever became of it."""
+    pending = s.waiting.get(unique)
+    task = s.asks.get(unique)
+    op = pending.op if pending is not None else task.op if task is not None else 0
+    try:
+        parts = window.parts(link.view[OUT:size])
+        total = sum(map(len, parts))
+        if task is not None:
+            del s.asks[unique]
+            s.resume(task, (0, b"".join(parts)))
+        elif pending is None:
+            _unexpected(s, link, unique, 0, OUT)
+        else:
+            del s.waiting[unique]
+            s.interrupted.pop(unique, None)
+            if op != Opcode.READ:
+                raise BadReply("an answer in the window that is no read's")
+            CHECKS[op](s, pending, OUT + total)
+            s.pass_on_parts(unique, parts)
+    except (BadReply, BadSpans) as bad:
+        s.fault(op, type(bad).__name__, str(bad))
+        if s.waiting.pop(unique, pending) is not None:
+            s.answer_error(unique, errno.EIO)
+        if s.asks.pop(unique, None) is not None and task is not None:
+            s.resume(task, (errno.EIO, b""))
+    finally:
+        window.dealt_with()
 
 
 def complete(s: Service, unique: int, pending: Pending, body: bytes) -> None:
