@@ -47,13 +47,32 @@ def create_window(name: str, size: int) -> int:
     return fd
 
 
-def map_window(fd: int) -> mmap.mmap:
-    """Map a window; the descriptor is not needed any more then. Raises NoWindow, OSError."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise NoWindow(f"it is no memory file: {error.strerror}") from None
-    size = os.fstat(fd).st_size
-    if seals & _SEALS != _SEALS or not HEAD + STAGE <= size <= HEAD + LARGEST:
-        raise NoWindow(f"it has {size} bytes and the seals {seals:#x}")
-    return mmap.mmap(fd, size)
+class Mapped:
+    """A window in our memory, whoever has made it."""
+
+    def __init__(self, fd: int) -> None:
+        """Map it; the descriptor stays the caller's, and is not needed any more. Raises NoWindow, OSError."""
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise NoWindow(f"it is no memory file: {error.strerror}") from None
+        size = os.fstat(fd).st_size
+        if seals & _SEALS != _SEALS or not HEAD + STAGE <= size <= HEAD + LARGEST:
+            raise NoWindow(f"it has {size} bytes and the seals {seals:#x}")
+        self._memory = mmap.mmap(fd, size)
+        self.view = memoryview(self._memory)
+        self.size = size
+
+    def piece(self, offset: int, length: int) -> memoryview:
+        """What somebody points at. Raises NoWindow if it is not in what is the driver's."""
+        if offset < HEAD or length <= 0 or offset + length > self.size:
+            raise NoWindow(f"{length} bytes at {offset}, which is not in a window of {self.size}")
+        return self.view[offset : offset + length]
+
+    def close(self) -> None:
+        """Unmap it, now or when the last piece of it is let go."""
+        self.view.release()
+        try:
+            self._memory.close()
+        except BufferError:
+            pass

@@ -83,7 +83,7 @@ class Attributes(pyfuse3.Operations):
     async def _open(self) -> None:
         source = self._source
         try:
-            client = await BlockClient.open(source, claim=not self.read_only, watch=True)
+            client = await BlockClient.open(source, claim=not self.read_only, watch=True, window=self.window)
         except PermissionError as exc:
             if exc.errno == errno.EPERM:
                 raise UserError(

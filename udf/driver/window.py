@@ -1,7 +1,8 @@
 """The driver's side of a window: memory from which the shim passes bytes on without their being sent.
 
 Owns: which of it is free, and where in it a view lies. Must never: give memory away again that an answer points at,
-until the shim has dealt with that answer. Called by: at_once.py (answers), drivers as `udf.Window`.
+until the shim has dealt with that answer.
+Called by: udf/host/at_once.py (answers), drivers as `udf.Window`; a BlockClient has what it reads put there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 
-from udf.window import HEAD, MAX_READ, STAGE, map_window
+from udf.window import HEAD, MAX_READ, STAGE, Mapped
 
 PIECE = 1024 * 1024  # bytes of what `take` gives
 
@@ -18,17 +19,18 @@ class Window:
     """Memory for what is read. A driver puts bytes into what it takes, and answers `read_now` with views of that."""
 
     def __init__(self, fd: int) -> None:
-        """Map it; the descriptor stays the caller's. Raises NoWindow, OSError."""
-        memory = map_window(fd)
-        self._view = memoryview(memory)
-        self._dealt_with = self._view[:8].cast("Q")
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._end = len(self._view)
+        """Map it; the descriptor is ours from here on. Raises NoWindow, OSError."""
+        self.fd = fd
+        mapped = Mapped(fd)
+        view = mapped.view
+        self._dealt_with = view[:8].cast("Q")
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        self._end = mapped.size
         stage = self._end - STAGE
         self._answers = 0  # that point into it
         # With the number of answers before which a piece may not be written again.
-        self._free = deque((0, self._view[at : at + PIECE]) for at in range(HEAD, stage - PIECE + 1, PIECE))
-        self._stages = deque((0, self._view[at : at + MAX_READ]) for at in range(stage, self._end, MAX_READ))
+        self._free = deque((0, view[at : at + PIECE]) for at in range(HEAD, stage - PIECE + 1, PIECE))
+        self._stages = deque((0, view[at : at + MAX_READ]) for at in range(stage, self._end, MAX_READ))
 
     def take(self) -> memoryview | None:
         """`PIECE` bytes of it; None: all is in use."""

@@ -216,13 +216,10 @@ def _window(start: messages.Start, fds: list[int]) -> Window | None:
         return None
     if not fds:
         raise UserError(f"{start.driver.path}: the driver was started without its window")
-    fd = fds.pop(0)
     try:
-        return Window(fd)
+        return Window(fds.pop(0))
     except (NoWindow, OSError) as exc:
         raise UserError(f"{start.driver.path}: the driver's window cannot be mapped: {exc}") from exc
-    finally:
-        os.close(fd)
 
 
 def _not_now(*_: object) -> bool:

@@ -34,8 +34,7 @@ from udf.shim.remembered import REMEMBERED
 from udf.shim.requests import negative
 from udf.shim.service import Service
 from udf.shim.stale import answer_stale, removed_directory
-from udf.shim.window import BadSpans
-from udf.window import IN_WINDOW
+from udf.window import IN_WINDOW, NoWindow
 
 if TYPE_CHECKING:
     from udf.shim.link import Link
@@ -128,7 +127,7 @@ def _in_window(s: Service, link: Link, window: Window, unique: int, size: int) -
                 raise BadReply("an answer in the window that is no read's")
             CHECKS[op](s, pending, OUT + total)
             s.pass_on_parts(unique, parts)
-    except (BadReply, BadSpans) as bad:
+    except (BadReply, NoWindow) as bad:
         s.fault(op, type(bad).__name__, str(bad))
         if s.waiting.pop(unique, pending) is not None:
             s.answer_error(unique, errno.EIO)

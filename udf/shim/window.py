@@ -1,7 +1,7 @@
 """The shim's side of a window: where the bytes are that a driver points at.
 
-Owns: the mapping, the check of what is pointed at, and the count of what was dealt with. Must never: believe an offset
-or a length, or copy. The bytes may change while the kernel takes them: they are the driver's word, like any answer.
+Owns: the check of what is pointed at, and the count of what was dealt with. Must never: believe an offset or a length,
+or copy. The bytes may change while the kernel takes them: they are the driver's word, like any answer.
 Called by: link.py (has it), replies.py.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from udf.window import HEAD, MAX_SPANS, SPAN, map_window
+from udf.window import MAX_SPANS, SPAN, Mapped, NoWindow
 
 
 def take_window(fds: list[int]) -> Window | None:
@@ -22,31 +22,19 @@ def take_window(fds: list[int]) -> Window | None:
         os.close(fds.pop())
 
 
-class BadSpans(Exception):
-    """What is pointed at is not in the window; one sentence."""
-
-
-class Window:
+class Window(Mapped):
     """One generation's."""
 
     def __init__(self, fd: int) -> None:
-        """Raises NoWindow, OSError; the descriptor stays the caller's."""
-        self._memory = map_window(fd)
-        self._view = memoryview(self._memory)
-        self._count = self._view[:8].cast("Q")  # stored at once, so that the driver never sees a part of it
+        super().__init__(fd)
+        self._count = self.view[:8].cast("Q")  # stored at once, so that the driver never sees a part of it
 
     def parts(self, spans: memoryview) -> list[memoryview]:
-        """The pieces that an answer is made of. Raises BadSpans."""
+        """The pieces that an answer is made of. Raises NoWindow."""
         size = len(spans)
         if not size or size % SPAN.size or size > MAX_SPANS * SPAN.size:
-            raise BadSpans(f"{size} bytes that should say where an answer is")
-        view, end = self._view, len(self._view)
-        parts = []
-        for offset, length in SPAN.iter_unpack(spans):
-            if offset < HEAD or not length or offset + length > end:
-                raise BadSpans(f"{length} bytes at {offset}, which is not in a window of {end}")
-            parts.append(view[offset : offset + length])
-        return parts
+            raise NoWindow(f"{size} bytes that should say where an answer is")
+        return [self.piece(offset, length) for offset, length in SPAN.iter_unpack(spans)]
 
     def dealt_with(self) -> None:
         """Nobody will look at what the oldest answer pointed at any more."""
@@ -55,8 +43,4 @@ class Window:
     def close(self) -> None:
         """Unmap it."""
         self._count.release()
-        self._view.release()
-        try:
-            self._memory.close()
-        except BufferError:
-            pass  # somebody still has a piece: it goes with that
+        super().close()
