@@ -8,6 +8,7 @@ Called by: udf/host/at_once.py (answers), drivers as `udf.Window`; a BlockClient
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 
 from udf.window import HEAD, MAX_READ, STAGE, Mapped
@@ -58,6 +59,10 @@ class Window:
             return None
         offset = ctypes.addressof(ctypes.c_char.from_buffer(view)) - self._base
         return (offset, view.nbytes) if HEAD <= offset < self._end else None
+
+    def close(self) -> None:
+        """Let go of the descriptor; the memory goes with the last view of it."""
+        os.close(self.fd)
 
     def answered(self) -> None:
         """An answer was sent that points into it."""

@@ -109,32 +109,29 @@ def on_message(s: Service, link: Link, size: int) -> None:
 
 def _in_window(s: Service, link: Link, window: Window, unique: int, size: int) -> None:
     """An answer that points at where it is. It is dealt with when we are back, whatever became of it."""
-    pending = s.waiting.get(unique)
-    task = s.asks.get(unique)
+    pending = s.waiting.pop(unique, None)
+    is_own, task = unique in s.asks, s.asks.pop(unique, None)
     op = pending.op if pending is not None else task.op if task is not None else 0
+    if pending is not None:
+        s.interrupted.pop(unique, None)
+    parts: list[memoryview] = []
     try:
         parts = window.parts(link.view[OUT:size])
-        total = sum(map(len, parts))
-        if task is not None:
-            del s.asks[unique]
-            s.resume(task, (0, b"".join(parts)))
-        elif pending is None:
+        if pending is None and not is_own:
             _unexpected(s, link, unique, 0, OUT)
-        else:
-            del s.waiting[unique]
-            s.interrupted.pop(unique, None)
-            if op != Opcode.READ:
-                raise BadReply("an answer in the window that is no read's")
-            CHECKS[op](s, pending, OUT + total)
+        elif op != Opcode.READ:
+            raise BadReply("an answer in the window that is no read's")
+        elif pending is not None:
+            CHECKS[op](s, pending, OUT + sum(map(len, parts)))
             s.pass_on_parts(unique, parts)
     except (BadReply, NoWindow) as bad:
         s.fault(op, type(bad).__name__, str(bad))
-        if s.waiting.pop(unique, pending) is not None:
+        parts = []
+        if pending is not None:
             s.answer_error(unique, errno.EIO)
-        if s.asks.pop(unique, None) is not None and task is not None:
-            s.resume(task, (errno.EIO, b""))
-    finally:
-        window.dealt_with()
+    if task is not None:
+        s.resume(task, (0, b"".join(parts)) if parts else (errno.EIO, b""))
+    window.dealt_with()
 
 
 def complete(s: Service, unique: int, pending: Pending, body: bytes) -> None:
