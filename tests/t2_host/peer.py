@@ -309,9 +309,14 @@ class Host:
         }
         message = messages.Start(
             name=fields.pop("name", "test"),
-            driver=messages.DriverSpec(path=str(path), class_name=class_name, command=fields.pop("command", None)),
+            driver=messages.DriverSpec(
+                path=str(path),
+                class_name=class_name,
+                command=fields.pop("command", None),
+                window=(window := fields.pop("window", 0)),
+            ),
             sandbox=messages.Sandbox(**sandbox),
-            store=bool(store),
+            store=bool(store) and not window,
             **fields,
         )
         if message.spare:

@@ -24,11 +24,18 @@ from tests.conftest import ROOT, make_runtime_dir
 from tests.t3_shim.program import PATIENCE, Program
 from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.tree import Tree
+from udf.driver.window import PIECE, Window
+from udf.window import create_window
 
 can_mount = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
 )
 Message = dict[str, Any]
+
+
+def new_window() -> Window:
+    """A driver's side of a new window, with room for four pieces."""
+    return Window(create_window("test", 4 * PIECE))
 
 
 def socket_pair(size: int = 4 << 20) -> tuple[socket.socket, socket.socket]:
@@ -162,11 +169,18 @@ class Mount:
         self._usual: Program | None = None
         self.ended_as_wanted = False  # it may end without `unmounted`
         self.generation = 1
+        self.window: Window | None = None  # the driver's side of it
         self.past_drivers: list[RawDriver] = []
 
     def stop_driver(self) -> None:
         """End the driver that serves now."""
         self.driver.stop()
+
+    def close_window(self) -> None:
+        """Have no window any more, and let the next driver have none."""
+        if self.window is not None:
+            self.window.close()
+            self.window = None
 
     def lose_driver(self) -> Message:
         """Kill the driver; returns what the shim says of it."""
@@ -194,8 +208,13 @@ class Mount:
         prepare(self.driver)
         self.driver.start()
         self.past_drivers.append(old)
+        fds = [ours.fileno()]
+        if self.window is not None:
+            self.window.close()
+            self.window = new_window()
+            fds.append(self.window.fd)
         with ours:
-            self.shim.send({"t": "attach", "generation": self.generation, "counted": counted}, ours.fileno())
+            self.shim.send({"t": "attach", "generation": self.generation, "counted": counted}, *fds)
 
     @property
     def tree(self) -> Tree:
@@ -267,6 +286,10 @@ class Mount:
         self._programs.clear()
         self._usual = None
 
+    def _where_it_waits(self) -> str:
+        stacks = [path.read_text() for path in Path(f"/proc/{self.shim.process.pid}/task").glob("*/stack")]
+        return "\n".join([*stacks, f"unanswered: {self.driver.unanswered}", self.shim.log()])
+
     def unmount(self) -> None:
         """Unmount in order, as the supervisor does. The kernel may still be closing what ended programs had open."""
         until = time.monotonic() + PATIENCE
@@ -275,7 +298,7 @@ class Mount:
             with contextlib.suppress(BrokenPipeError):  # a lazy unmount before this one has just come to its end
                 self.shim.send({"t": "unmount", "lazy": False})
             while not (done := self.shim.said("unmounted") or self.shim.said("end")) and not self.shim.said("busy"):
-                assert time.monotonic() < until, f"it does not unmount: {self.shim.messages} {self.shim.log()}"
+                assert time.monotonic() < until, f"it does not unmount: {self.shim.messages} {self._where_it_waits()}"
                 time.sleep(0.002)
             if done:
                 assert self.shim.said("unmounted"), f"the shim ended: {self.shim.messages} {self.shim.log()}"
@@ -294,6 +317,7 @@ def mounted(
     max_write: int = 131072,
     link_size: int = 4 << 20,
     control_size: int = 4 << 20,
+    window: bool = False,
     **config: object,
 ) -> Iterator[Mount]:
     """A mount for one test; *prepare* fills the driver's tree, *config* is what the mount message says besides."""
@@ -311,11 +335,16 @@ def mounted(
         stack.callback(shim.close)
         mount = Mount(shim, driver, point)
         stack.callback(mount.stop_driver)
+        stack.callback(mount.close_window)
         stack.callback(_detach, mount)
         message: Message = {"t": "mount", "mountpoint": str(point), "name": "m", "driver": "test", "fsname": "test"}
         message.update({"allow_other": True, "nodev": False, "nosuid": False, "deadline": 20.0}, **config)
+        fds = [ours.fileno()]
+        if window:
+            mount.window = new_window()
+            fds.append(mount.window.fd)
         with ours:
-            shim.send(message, ours.fileno())
+            shim.send(message, *fds)
         shim.wait_for("mounted")
         yield mount
         mount.end_programs()
