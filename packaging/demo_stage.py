@@ -42,11 +42,11 @@ def show(acts: Iterable[Callable[[Stage], None]], *daemon: str) -> int:
             for act in acts:
                 act(stage)
         check(not list(scratch.iterdir()), f"something is left in {scratch}")
-    except DemoError as error:
-        print(f"\ndemo: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader went away; Python would complain again when it flushes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (DemoError, OSError) as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ndemo: interrupted, cleaned up", file=sys.stderr)

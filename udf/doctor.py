@@ -30,6 +30,7 @@ from udf.fuse.flags import Init
 from udf.fuse.mount import FSTYPE, MountOptions, find_mount, is_stale, mount_direct, read_mountinfo
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import IN_HEADER, INIT_IN
+from udf.supervisor.sockets import rundir
 from udf.usb.rules import read_rules, rules_files
 
 State = Literal["ok", "note", "bad"]
@@ -371,7 +372,8 @@ def _runtime_directory() -> Iterator[Finding]:
         yield Finding("runtime directory", "ok", f"{path}/udf")
     else:
         fix = "log in through PAM and systemd-logind, or set XDG_RUNTIME_DIR to a private directory"
-        yield Finding("runtime directory", "note", "XDG_RUNTIME_DIR is not set to a writable directory", fix)
+        text = f"{rundir()}, because XDG_RUNTIME_DIR is not set to a writable directory"
+        yield Finding("runtime directory", "note", text, fix)
 
 
 def _stale_mounts() -> Iterator[Finding]:

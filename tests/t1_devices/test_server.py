@@ -216,7 +216,10 @@ def test_commands_do_what_udf_plug_needs(bus: Emulator, tmp_path: Path) -> None:
         (b'{"do":"plug","model":"loopback","options":[1]}', "'options' is a JSON object."),
         (b'{"do":"plug","model":"loopback","faults":["boom"]}', "There is no fault 'boom'"),
         (b'{"do":"plug","model":"loopback","faults":[5]}', "'faults' is a list of texts."),
-        (b'{"do":"unplug","name":"nobody"}', "No emulated device is called 'nobody'."),
+        (
+            b'{"do":"unplug","name":"nobody"}',
+            "No emulated device is called 'nobody': `udf devices` lists those that are plugged in.",
+        ),
         (b'{"do":"unplug","name":5}', "must say 'name'"),
         (b'{"do":"medium","name":"taken","file":null}', "has no medium that could be changed."),
     ],

@@ -259,6 +259,7 @@ class Host:
     forked = False  # whether a zygote makes it
 
     def __init__(self, *, user: int | None = None, sandbox_user: int | None = None) -> None:
+        program, path = interpreter(user if sandbox_user is None else sandbox_user)  # or skip, with nothing open yet
         own = os.getuid() if user is None else user
         self.sandbox_user = own if sandbox_user is None else sandbox_user
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -268,7 +269,6 @@ class Host:
             end.setsockopt(socket.SOL_SOCKET, 32 if os.geteuid() == 0 else socket.SO_SNDBUF, BUFFER)
         self.link = Link(ours)
         output, write = os.pipe()
-        program, path = interpreter(user if sandbox_user is None else sandbox_user)
         argv, environment = [program, "-P", "-m"], {**os.environ, "PYTHONPATH": path}
         who: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": []}
         self.process: subprocess.Popen[bytes] | Forked

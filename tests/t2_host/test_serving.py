@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.t2_host.peer import REPO, Host, Refused, named
+from tests.t2_host.peer import REPO, TIMEOUT, Host, Refused, named
 from udf import messages
 from udf.fuse import structs
 from udf.fuse.opcodes import Opcode
@@ -134,7 +134,10 @@ def test_what_a_driver_prints_for_ever_hurts_nothing(host: Host, drivers: Path) 
     for _ in range(200):
         node = host.link.lookup("file")["nodeid"]
         assert host.link.read(node, host.link.open(node)) == b"text"
-    assert "chatter" in host.text()
+    until = time.monotonic() + TIMEOUT  # the thread that reads it may not have had its turn
+    while "chatter" not in host.text():
+        assert time.monotonic() < until, host.text()
+        time.sleep(0.01)
     host.process.terminate()
     assert host.wait() == 0
 

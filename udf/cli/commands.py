@@ -150,6 +150,11 @@ def status(arguments: argparse.Namespace) -> int:
                 show.line(
                     f"{row['mountpoint']}: {row['driver']} takes files: this mount does not live through an unplug"
                 )
+            elif not row["known_again"]:
+                show.line(
+                    f"{row['mountpoint']}: {row['device']} has no serial number to know it again by:"
+                    " this mount does not live through an unplug"
+                )
     else:
         show.line("Nothing is mounted.")
     return 0
@@ -239,7 +244,7 @@ def _print_events(replies: Iterator[Row], as_json: bool) -> None:
             change = event["state"] if not event.get("previous") else f"{event['previous']} → {event['state']}"
             what = change if event["what"] == "state" else event["what"]
             show.line(
-                f"{show.clock(event['time'])}  {event['kind']:6} {event['name']:20} {what:22} {event['reason']:12}"
+                f"{show.clock(event['time'])}  {event['kind']:8} {event['name']:20} {what:22} {event['reason']:12}"
                 f" {event['text']}".rstrip()
             )
         _tell_lost(reply)

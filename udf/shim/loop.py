@@ -22,6 +22,7 @@ from udf.fuse.structs import IN_HEADER
 from udf.shim import replies
 from udf.shim.away import NOTHING_KNOWN
 from udf.shim.control import Control, SupervisorGone
+from udf.shim.elsewhere import Elsewhere
 from udf.shim.graph import Unresolved
 from udf.shim.last_sync import LastSync
 from udf.shim.link import Link, LinkClosed
@@ -68,6 +69,7 @@ class Loop:
         self._epoll.register(control.fd, _IN)
         self._wake, self._waker = os.pipe()
         self._epoll.register(self._wake, _IN)
+        self._elsewhere = Elsewhere(service, self._epoll)
         self._unmounting: threading.Thread | None = None
         self._unmount_lazily = False
         self._asked_to_unmount = False
@@ -125,7 +127,7 @@ class Loop:
                         else _SWEEP
                         if away.sweeping
                         else _LOOK
-                        if s.waiting or s.tasks or recovery.waits or self._last_sync
+                        if s.waiting or s.tasks or recovery.waits or self._last_sync or self._elsewhere.is_gone
                         else _HEARTBEAT
                     )
                     events = poll(timeout)
@@ -140,6 +142,8 @@ class Loop:
                         self._from_supervisor()
                     elif fd == self._wake:
                         self._woken()
+                    elif fd == self._elsewhere.fd:
+                        self._elsewhere.look()
                     # else: a link that an event before this one has replaced
                 if forgets and s.connected:
                     self._send_forgets(forgets)
@@ -189,7 +193,7 @@ class Loop:
             replies.give_up_broken(s, s.link)
         if s.tracer is not None and s.tracer.closed:
             self._trace(None)
-        if self._last_sync is not None and self._last_sync.check_time(now):
+        if self._elsewhere.is_over(now) if self._last_sync is None else self._last_sync.check_time(now):
             raise Unmounted
         s.counters.spins, s.counters.spins_won = self._spin.spins, self._spin.won
 

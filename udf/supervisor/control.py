@@ -296,6 +296,7 @@ def interface_description() -> str:
 
 def _describe(mount: Endpoint, counters: dict[str, int | float], device: str | None) -> dict[str, Any]:
     plan, instance = mount.plan, mount.instance
+    below = mount.below if isinstance(mount, Mount) else None
     return {
         "name": plan.name,
         "mountpoint": plan.where,
@@ -303,7 +304,8 @@ def _describe(mount: Endpoint, counters: dict[str, int | float], device: str | N
         "kind": mount.kind,
         "source": plan.source,
         "device": device if plan.lease is None else sentence(plan.lease.name),
-        "volume": isinstance(mount, Mount) and mount.below is not None,
+        "volume": below is not None,
+        "known_again": below is None or below.plan.lease is None or below.has_identity,
         "options": plan.asked_options,
         "uid": plan.owner.uid,
         "state": instance.state,

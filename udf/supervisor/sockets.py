@@ -32,11 +32,16 @@ def rundir() -> Path:
     uid = os.geteuid()
     if uid == 0:
         return ROOT_RUNDIR
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and runtime.startswith("/"):
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and _is_usable(runtime):
         return Path(runtime) / "udf"
     session = Path(f"/run/user/{uid}")
     return session / "udf" if session.is_dir() else Path(f"/tmp/udf-{uid}")  # noqa: S108 - checked by make_directory
+
+
+def _is_usable(runtime: str) -> bool:
+    """Whether we may make things in it; after `su`, which keeps the environment, it is somebody else's."""
+    return os.access(runtime if os.path.exists(runtime) else os.path.dirname(runtime), os.W_OK | os.X_OK)
 
 
 def daemon_socket() -> Path:

@@ -122,7 +122,7 @@ class Emulator:
         """By name. UserError if there is none."""
         plugged = self._plugged.get(name)
         if plugged is None:
-            raise UserError(f"No emulated device is called {name!r}.")
+            raise UserError(f"No emulated device is called {name!r}: `udf devices` lists those that are plugged in.")
         return plugged
 
     def adopt(self, control: socket.socket) -> None:
