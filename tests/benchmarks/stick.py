@@ -198,8 +198,8 @@ def _speed(the_lab: Lab, connection: Connection, daemon: peers.Daemon, folder: P
         f"{rounds} rounds of one file of {megabytes} MiB, in pieces of {BLOCK // 1024} KiB, on a stick that was just",
         "plugged in (cold: nothing of it was read before), by USB/IP from an emulator in a process of its own;",
         f"bulk: plain pyusb, transfers of {BLOCK // 1024} KiB from a source of zeros and to a sink, one by one;",
-        "write: to a new file, with fsync; warm: from the page cache, in turn with the same file elsewhere (neither a FUSE",
-        "mount nor tmpfs has the large folios of the scratch folder's filesystem);",
+        "write: to a new file, with fsync; warm: from the page cache, in turn with the same file elsewhere (neither",
+        "a FUSE mount nor tmpfs has the large folios of what the scratch folder is on);",
         f"CPUs used by others meanwhile: {watch.stop().others:.2f}",
     ]
     table = Table("a large file, MiB/s (medians; ratios: medians of the rounds' ratios)", ["", "bare", "UDF", "ratio"])
