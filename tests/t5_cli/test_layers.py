@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...] | None] = {
     ),
     "udf.testing.usb_conformance": ("udf.testing.devices", "udf.usb", "udf.errors"),
     "udf.testing.devices": ("udf.testing.devices", "udf.usb.usbip", "udf.errors"),
-    "udf.doctor": ("udf.fuse", "udf.errors", "udf.usb.rules"),
+    "udf.doctor": ("udf.fuse", "udf.errors", "udf.usb.rules", "udf.supervisor.sockets"),
     "udf.cli": ("udf.cli", "udf.doctor", "udf.errors", "udf.supervisor", "udf.fuse", "udf:__version__"),
     "udf.__main__": ("udf.cli",),
 }

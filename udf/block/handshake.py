@@ -12,7 +12,7 @@ from typing import Protocol
 
 from udf.block import wire
 from udf.block.access import Access, Terms
-from udf.block.landing import take_window
+from udf.block.landing import Descriptors
 from udf.block.stream import Ended, Stream
 from udf.errors import DeviceGone, is_fault
 from udf.window import Mapped
@@ -74,7 +74,7 @@ class Handshake:
         """Until an export is chosen; None if the client left. WireError and Ended end the connection."""
         stream = self._stream
         if stream.is_local:
-            stream.descriptors = []
+            stream.descriptors = Descriptors()
         await stream.send(
             wire.GREETING.pack(wire.NBD_MAGIC, wire.OPTION_MAGIC, wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)
         )
@@ -113,8 +113,8 @@ class Handshake:
                 self.session.structured = True
                 await self._reply(option, wire.REP_ACK)
             elif option == wire.OPT_WINDOW:
-                came = self._stream.descriptors or []
-                self.session.window = take_window(came, payload, structured=self.session.structured)
+                came = self._stream.descriptors or Descriptors()
+                self.session.window = came.window(payload, structured=self.session.structured)
                 await self._reply(option, wire.REP_ACK)
             elif option in (wire.OPT_SET_META_CONTEXT, wire.OPT_LIST_META_CONTEXT):
                 await self._contexts(option, payload)

@@ -10,7 +10,6 @@ The sockets are asked first and waited for after, without a pass through the sch
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -18,9 +17,10 @@ from collections.abc import Awaitable, Callable
 import trio
 from trio.lowlevel import ParkingLot
 
+from udf.block.landing import Descriptors
+
 BUFFER = 64 * 1024  # bytes asked for at once while it is not known what comes
 SOCKET_BUFFER = 4 * 1024 * 1024  # what the kernel is asked to hold; it gives what it may
-MAX_DESCRIPTORS = 4  # that come with a handshake
 _MAX_PIECES = 256  # buffers in one sendmsg, far below IOV_MAX
 
 Buffer = bytes | bytearray | memoryview
@@ -50,7 +50,7 @@ class Stream:
         self._sent = 0
         self._sending = False
         self._lot = ParkingLot()
-        self.descriptors: list[int] | None = None  # that have come; None: none are taken
+        self.descriptors: Descriptors | None = None  # that have come; None: none are taken
 
     @property
     def is_local(self) -> bool:
@@ -138,7 +138,8 @@ class Stream:
             if self.broken is not None:
                 raise Ended(str(self.broken))
             try:
-                count = self.sock.recv_into(target) if self.descriptors is None else self._receive_all(target)
+                descriptors = self.descriptors
+                count = self.sock.recv_into(target) if descriptors is None else descriptors.receive(self.sock, target)
             except BlockingIOError:
                 await self._wait(trio.lowlevel.wait_readable)
                 continue
@@ -150,20 +151,11 @@ class Stream:
                 raise Ended("the other side has closed the connection")
             return count
 
-    def _receive_all(self, target: memoryview) -> int:
-        assert self.descriptors is not None
-        data, fds, _, _ = socket.recv_fds(self.sock, len(target), MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
-        target[: len(data)] = data
-        self.descriptors += fds
-        if len(self.descriptors) > MAX_DESCRIPTORS:
-            self.drop_descriptors()
-        return len(data)
-
     def drop_descriptors(self) -> None:
         """Take no descriptors any more, and close those that have come."""
-        fds, self.descriptors = self.descriptors or [], None
-        for fd in fds:
-            os.close(fd)
+        if self.descriptors is not None:
+            self.descriptors.drop()
+            self.descriptors = None
 
     # ---- sending
 

@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from udf.block import wire
-from udf.block.landing import take_window
+from udf.block.landing import Descriptors
 from udf.block.shim.streams import Ended, Inbox, Outbox
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Handshake:
         self.structured = False
         self.watching = False
         self.window: Mapped | None = None
-        inbox.descriptors = []
+        inbox.descriptors = Descriptors()
         out.push(GREETING)
 
     def parse(self) -> Region | None:
@@ -105,8 +105,8 @@ class Handshake:
                 self.watching = True
                 self._reply(option, wire.REP_ACK)
             elif option == wire.OPT_WINDOW:
-                came = self._inbox.descriptors or []
-                self.window = take_window(came, payload, structured=self.structured)
+                came = self._inbox.descriptors or Descriptors()
+                self.window = came.window(payload, structured=self.structured)
                 self._reply(option, wire.REP_ACK)
             elif option in (wire.OPT_SET_META_CONTEXT, wire.OPT_LIST_META_CONTEXT):
                 self._contexts(option, payload)

@@ -6,12 +6,12 @@ the bytes mean.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
 from collections.abc import Callable
 
-_MOST_DESCRIPTORS = 4  # that come with a handshake
+from udf.block.landing import Descriptors
+
 _AT_ONCE = 64  # pieces in one sendmsg
 EAGER = 64 * 1024  # bytes that are not left for the end of the loop's turn
 
@@ -32,7 +32,7 @@ class Inbox:
         self.start = self.end = 0
         self._target: memoryview | None = None
         self._at = 0
-        self.descriptors: list[int] | None = None  # that have come; None: none are taken
+        self.descriptors: Descriptors | None = None  # that have come; None: none are taken
         self.drained = False  # the last call got less than it had room for: there is no more for now
 
     @property
@@ -50,7 +50,8 @@ class Inbox:
                     self.buffer[:left] = self.buffer[self.start : self.end]
                     self.start, self.end = 0, left
                 room = len(self.buffer) - self.end
-                size = self._sock.recv_into(self._view[self.end :]) if self.descriptors is None else self._take_all()
+                room_left, came = self._view[self.end :], self.descriptors
+                size = self._sock.recv_into(room_left) if came is None else came.receive(self._sock, room_left)
                 self.end += size
             else:
                 # What follows the body comes with it: mostly the next header, which saves a call.
@@ -72,20 +73,11 @@ class Inbox:
         self.drained = size < room
         return True
 
-    def _take_all(self) -> int:
-        assert self.descriptors is not None
-        data, fds, _, _ = socket.recv_fds(self._sock, len(self.buffer) - self.end, _MOST_DESCRIPTORS)
-        self.buffer[self.end : self.end + len(data)] = data
-        self.descriptors += fds
-        if len(self.descriptors) > _MOST_DESCRIPTORS:
-            self.drop_descriptors()
-        return len(data)
-
     def drop_descriptors(self) -> None:
         """Take no descriptors any more, and close those that have come."""
-        fds, self.descriptors = self.descriptors or [], None
-        for fd in fds:
-            os.close(fd)
+        if self.descriptors is not None:
+            self.descriptors.drop()
+            self.descriptors = None
 
     def receive(self, target: memoryview) -> bool:
         """Receive a body into *target*; whether it is there already. If not it is when `whole` is true again."""
