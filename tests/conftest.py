@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -22,7 +23,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PR_SET_CHILD_SUBREAPER = 36
 SHORT = f"/tmp/udf-t{os.getpid()}-"  # ours alone: other test runs may share the machine
-GRACE = 15.0  # what ends by itself may take this long; it is waited for by event, not by sleep
+GRACE = 40.0  # what ends by itself may take this long; it is waited for by event, not by sleep
+SOON = 5.0  # and what nobody tells us of, this
 
 # A busy machine is no failure; what failed is printed so that it can be repeated.
 hypothesis.settings.register_profile("udf", deadline=None, print_blob=True)
@@ -79,11 +81,20 @@ def _nothing_left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     processes, descriptors = set(_descendants()), _descriptors()
     yield
     problems = [f"process {pid} is left: {command}" for pid, command in _end_leftovers(processes)]
-    for base in (tmp_path_factory.getbasetemp(), SHORT):
-        problems += [f"{point} is left mounted" for point in _unmount_below(base)]
+    until = time.monotonic() + SOON
+    # A thread that was let go may still be closing what it had, and the kernel unmounting what was closed.
+    while time.monotonic() < until and (_descriptors() - descriptors or _mounted(tmp_path_factory)):
+        time.sleep(0.02)
+    for point in _mounted(tmp_path_factory):
+        problems.append(f"{point} is left mounted")
+        subprocess.run(["umount", "-l", point], check=False, capture_output=True)
     problems += [f"descriptor {fd} is left: {name}" for fd, name in (_descriptors() - descriptors)]
     if problems:
         pytest.fail("left behind:\n  " + "\n  ".join(problems), pytrace=False)
+
+
+def _mounted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [point for base in (tmp_path_factory.getbasetemp(), SHORT) for point in mounts_below(base)]
 
 
 def _descendants() -> Iterator[int]:
@@ -164,7 +175,7 @@ def _descriptors() -> set[tuple[str, str]]:
 def mounts_below(base: str | Path) -> list[str]:
     """Mountpoints at, below or beginning with `base`, innermost first."""
     table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    points = [line.split()[4].encode().decode("unicode_escape") for line in table]
+    points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in table]
     return sorted((p for p in points if p.startswith(str(base))), key=len, reverse=True)
 
 
@@ -181,7 +192,7 @@ def python() -> str:
     return sys.executable
 
 
-def wait_for_mounts(base: str | Path, wanted: int, seconds: float = 15.0) -> None:
+def wait_for_mounts(base: str | Path, wanted: int, seconds: float = GRACE) -> None:
     """Until so many mounts are below `base`: the kernel tells of each change of its table."""
     until = time.monotonic() + seconds
     with open("/proc/self/mountinfo", "rb") as table:
@@ -193,6 +204,6 @@ def wait_for_mounts(base: str | Path, wanted: int, seconds: float = 15.0) -> Non
             poll.poll(min(left, 1.0) * 1000)
 
 
-def wait_for_end(pid: int, seconds: float = 15.0) -> None:
+def wait_for_end(pid: int, seconds: float = GRACE) -> None:
     """Until a process has ended."""
     assert _ended(pid, seconds), f"process {pid} ({_command(pid)}) does not end"

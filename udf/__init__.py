@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from udf.driver.journal import Journal as Journal
     from udf.driver.store import Store as Store
     from udf.driver.usb import UsbDriver as UsbDriver
+    from udf.driver.window import Window as Window
     from udf.errors import ContractError as ContractError
     from udf.errors import DeviceGone as DeviceGone
     from udf.errors import UdfError as UdfError
@@ -39,6 +40,7 @@ _HOMES = {
     "Journal": "udf.driver.journal",
     "Store": "udf.driver.store",
     "UsbDriver": "udf.driver.usb",
+    "Window": "udf.driver.window",
     "still_working": "udf.host.progress",
     "ContractError": "udf.errors",
     "DeviceGone": "udf.errors",
@@ -62,6 +64,7 @@ __all__ = [
     "UdfError",
     "UsbDriver",
     "UserError",
+    "Window",
     "__version__",
     "still_working",
 ]

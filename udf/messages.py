@@ -29,7 +29,7 @@ class Message(msgspec.Struct, tag_field="t", kw_only=True):
 
 
 class Mount(Message, tag="mount"):
-    """Serve one mount; comes with the shim's end of the link."""
+    """Serve one mount; comes with the shim's end of the link, and with a window if its driver has one."""
 
     mountpoint: str
     name: str
@@ -92,7 +92,7 @@ class Detach(Message, tag="detach"):
 
 
 class Attach(Message, tag="attach"):
-    """A new generation of the driver is ready; comes with the shim's end of its link.
+    """A new generation of the driver is ready; comes with the shim's end of its link, and its window if it has one.
 
     `counted`: the death before was the driver's own making, so requests that were under way then are suspects.
     """
@@ -311,6 +311,7 @@ class DriverSpec(msgspec.Struct, kw_only=True):
     command: str | None = None
     kind: str = "fs"
     provides: str = "files"  # what a driver of a device serves: files, block, terminal
+    window: int = 0  # bytes of memory that it shares with its shim, see udf/window.py
 
 
 class DeviceSpec(msgspec.Struct, kw_only=True):
@@ -344,8 +345,8 @@ class Sandbox(msgspec.Struct, kw_only=True):
 
 
 class Start(Message, tag="start"):
-    """Load and serve a driver. Comes with the driver's end of the link, the device's connection if there is a `device`,
-    then the memfds of its state store, if any.
+    """Load and serve a driver. Comes with the driver's end of the link, its window if it has one, the device's
+    connection if there is a `device`, then the memfds of its state store, if any.
 
     A `spare` gets none of them yet: it is made ready as far as that goes without touching the source; `take_over`
     follows.

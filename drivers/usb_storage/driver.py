@@ -51,6 +51,9 @@ class Unit(BlockUnit):
     async def read(self, offset: int, size: int) -> Data:
         return await self._engine.run(self._unit.read, self._medium, offset, size)
 
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        await self._engine.run(self._unit.read_into, self._medium, offset, target)
+
     async def write(self, offset: int, data: Data) -> None:
         await self._engine.run(self._unit.write, self._medium, offset, data)
 

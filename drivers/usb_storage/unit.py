@@ -124,10 +124,13 @@ class LogicalUnit:
 
     def read(self, medium: int, offset: int, size: int) -> Data:
         """`size` bytes; both numbers are multiples of the block size."""
-        facts = self._facts(medium)
         buffer = bytearray(size)
-        self._move(facts, offset, memoryview(buffer), is_read=True)
+        self.read_into(medium, offset, memoryview(buffer))
         return buffer
+
+    def read_into(self, medium: int, offset: int, target: memoryview) -> None:
+        """The same into a buffer."""
+        self._move(self._facts(medium), offset, target, is_read=True)
 
     def write(self, medium: int, offset: int, data: Data) -> None:
         """Write whole blocks; done when the device says so."""

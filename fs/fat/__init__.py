@@ -8,6 +8,7 @@
 # exclusive = true
 # durability = "store"
 # inodes = "volatile"
+# window = "8M"
 #
 # [option.uid]
 # type = "int"

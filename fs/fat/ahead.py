@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import trio
 
 if TYPE_CHECKING:
+    from udf import Window
+
     from .volume import Volume
 
 _FIRST = 256 * 1024  # bytes of the first piece; each further one is twice as long, up to
@@ -28,8 +30,30 @@ _SPARE = 4  # buffers that are kept for the next pieces: new memory costs as muc
 Fetch = Callable[[int, memoryview], Awaitable[None]]
 """Reads what is at an offset of the file, and fills the buffer with it."""
 
-Later = Callable[[memoryview | None], None]
+Later = Callable[[list[memoryview] | None], None]
 """Takes bytes, which are valid until anything is awaited; None: they have to be read anew."""
+
+
+class Buffers:
+    """Memory of `LARGEST` bytes each, if possible such as the mount's shim has too."""
+
+    def __init__(self, window: Window | None) -> None:
+        self._window = window
+        self._spare: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """One that is free."""
+        taken = None if self._window is None else self._window.take()
+        if taken is not None:
+            return taken
+        return self._spare.pop() if self._spare else memoryview(bytearray(LARGEST))
+
+    def give_back(self, buffer: memoryview) -> None:
+        """It is of no use any more."""
+        if self._window is not None and self._window.span(buffer) is not None:
+            self._window.give_back(buffer)
+        elif len(self._spare) < _SPARE:
+            self._spare.append(buffer)
 
 
 class Piece:
@@ -40,11 +64,14 @@ class Piece:
     def __init__(self, begin: int, end: int) -> None:
         self.begin = begin
         self.end = end
-        self.buffer: bytearray | None = None
+        self.buffer: memoryview | None = None
         self.data: memoryview | None = None  # of the buffer, when it has come
-        self.waiting: list[tuple[int, int, Later]] = []  # offsets in it, and who wants what is between them
+        self.waiting: list[tuple[list[Part], Later]] = []  # who wants something of it
         self.done: trio.Event | None = trio.Event()
         self.lost = False  # its bytes are not those of the file any more, or never came
+
+
+Part = tuple[Piece, int, int]  # where in it something begins and ends
 
 
 class Ahead:
@@ -69,8 +96,8 @@ class Ahead:
 
     def _forget(self, piece: Piece) -> None:
         piece.lost = True
-        if piece.data is not None and piece.buffer is not None and len(self._volume.buffers) < _SPARE:
-            self._volume.buffers.append(piece.buffer)
+        if piece.buffer is not None:
+            self._volume.buffers.give_back(piece.buffer)
         piece.buffer = piece.data = None
         self._volume.read_ahead -= piece.end - piece.begin
 
@@ -107,27 +134,47 @@ class Ahead:
             parts.append(rest)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def read_now(self, offset: int, size: int, length: int, later: Later) -> memoryview | bool:
-        """These bytes, if they lie in one piece; True: when it has come. False: they are to be read as ever."""
+    def read_now(self, offset: int, size: int, length: int, later: Later) -> list[memoryview] | bool:
+        """These bytes, if they lie in pieces; True: when they have come. False: they are to be read as ever."""
         end = offset + size
         if offset == self._next:
             self._length = length
             self._reach(end)
+        parts: list[Part] = []
+        at = offset
         for piece in self._pieces:
-            if piece.begin <= offset < end <= piece.end:
-                break
-        else:
+            if piece.begin <= at < piece.end:
+                upto = min(end, piece.end)
+                parts.append((piece, at - piece.begin, upto - piece.begin))
+                at = upto
+                if at == end:
+                    break
+        if at < end or not parts:
             return False
         self._length = length
         self._next = end
-        begin, end = offset - piece.begin, end - piece.begin
-        if piece.data is None:
-            piece.waiting.append((begin, end, later))
-            self._go_on(offset)
-            return True
-        data = piece.data[begin:end]
+        for piece, _, _ in parts:
+            if piece.data is None:
+                piece.waiting.append((parts, later))
+                self._go_on(offset)
+                return True
+        data = [piece.data[begin:end] for piece, begin, end in parts if piece.data is not None]
         self._go_on(offset + size)
         return data
+
+    @staticmethod
+    def _has_come(parts: list[Part], later: Later) -> None:
+        """A piece that was waited for is there, or will not be."""
+        data = []
+        for piece, begin, end in parts:
+            if piece.lost:
+                later(None)
+                return
+            if piece.data is None:
+                piece.waiting.append((parts, later))
+                return
+            data.append(piece.data[begin:end])
+        later(data)
 
     def _start(self, offset: int) -> None:
         """Read on from here, a little at first."""
@@ -165,22 +212,30 @@ class Ahead:
         self._volume.spawn(self._load, piece)
         return True
 
+    async def _fill(self, piece: Piece, buffer: memoryview) -> None:
+        data = buffer[: piece.end - piece.begin]
+        try:
+            await self._fetch(piece.begin, data)
+        except Exception:  # not if it was cancelled: then what comes yet may still be put there
+            self._volume.buffers.give_back(buffer)
+            raise
+        if piece.lost:
+            self._volume.buffers.give_back(buffer)
+        else:
+            piece.buffer, piece.data = buffer, data
+
     async def _load(self, piece: Piece) -> None:
         try:
             if not piece.lost:
-                buffers = self._volume.buffers
-                buffer = buffers.pop() if buffers else bytearray(LARGEST)
-                data = memoryview(buffer)[: piece.end - piece.begin]
-                await self._fetch(piece.begin, data)
-                if not piece.lost:
-                    piece.buffer, piece.data = buffer, data
+                await self._fill(piece, self._volume.buffers.take())
         finally:
             done, piece.done = piece.done, None
             if piece.data is None and piece in self._pieces:
                 self._pieces.remove(piece)
                 self._forget(piece)
+            piece.lost = piece.data is None
             if done is not None:
                 done.set()
-            for begin, end, later in piece.waiting:
-                later(None if piece.data is None else piece.data[begin:end])
-            piece.waiting = []
+            waiting, piece.waiting = piece.waiting, []
+            for parts, later in waiting:
+                self._has_come(parts, later)

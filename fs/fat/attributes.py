@@ -16,8 +16,9 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from udf import BlockClient, DeviceGone, Store, UserError
+from udf import BlockClient, DeviceGone, Store, UserError, Window
 
+from .ahead import Buffers
 from .contents import Contents
 from .damage import Damaged
 from .entries import DIRECTORY, END, FREE, READ_ONLY, SLOT
@@ -36,6 +37,7 @@ class Attributes(pyfuse3.Operations):
     """A volume, from its opening on, and what its files and directories are like."""
 
     enable_acl = False
+    window: Window | None = None  # what is read ahead goes there
     enable_writeback_cache = False
     supports_dot_lookup = False
     read_only = False  # the host says so: nothing will be changed through this mount
@@ -81,7 +83,7 @@ class Attributes(pyfuse3.Operations):
     async def _open(self) -> None:
         source = self._source
         try:
-            client = await BlockClient.open(source, claim=not self.read_only, watch=True)
+            client = await BlockClient.open(source, claim=not self.read_only, watch=True, window=self.window)
         except PermissionError as exc:
             if exc.errno == errno.EPERM:
                 raise UserError(
@@ -101,6 +103,7 @@ class Attributes(pyfuse3.Operations):
 
     def _begin(self, volume: Volume) -> None:
         self.volume = volume
+        volume.buffers = Buffers(self.window)
         self._nodes = Nodes(volume)
         self._contents = Contents(volume, self._nodes)
 

@@ -67,7 +67,7 @@ class Contents:
         with node.users:
             return await ahead.read(offset, size, length)
 
-    def read_now(self, node: Node, offset: int, size: int, later: Later) -> memoryview | bool:
+    def read_now(self, node: Node, offset: int, size: int, later: Later) -> list[memoryview] | bool:
         """The same, if it was read ahead; valid until anything is awaited.
 
         True: it is on its way, and `later` will be called with it, or with None if nothing comes of that. False: no.

@@ -76,7 +76,7 @@ class Handles(Attributes):
         except OSError as exc:
             raise self._refusal(exc) from None
 
-    def read_now(self, fh: int, off: int, size: int, answer: Callable[[memoryview | OSError], None]) -> Any:
+    def read_now(self, fh: int, off: int, size: int, answer: Callable[[Any], None]) -> Any:
         """As `read`, of what was read ahead, for UDF's driver host: see `udf.host.at_once`."""
         handle = self._handles.get(fh)
         if handle is None:
@@ -85,11 +85,11 @@ class Handles(Attributes):
 
         async def as_ever() -> None:
             try:
-                answer(memoryview(await self._contents.read(node, off, size)))
+                answer(await self._contents.read(node, off, size))
             except OSError as exc:
                 answer(OSError(self._refusal(exc).errno, exc.strerror))
 
-        def later(data: memoryview | None) -> None:
+        def later(data: list[memoryview] | None) -> None:
             if data is None:
                 self.volume.spawn(as_ever)
             else:

@@ -24,6 +24,7 @@ import trio
 from udf import BlockClient, Store
 
 from . import boot
+from .ahead import Buffers
 from .chain import Chain
 from .change import Change, Run, write_steps
 from .device import Device
@@ -62,7 +63,7 @@ class Volume:
         self.read_only = ""  # why nothing may be changed; empty: it may
         self.dirty = False  # as the volume itself says
         self.read_ahead = 0  # bytes of files that were read before anybody asked for them
-        self.buffers: list[bytearray] = []  # that were used for that, and are free
+        self.buffers = Buffers(None)  # for that
         self.before_order: Callable[[], Awaitable[None]] | None = None  # files are cut to what they need
         self.in_use: set[int] = set()  # first clusters of ownerless chains of files that are still open
         self._keep_dirty = False

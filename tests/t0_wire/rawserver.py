@@ -30,7 +30,7 @@ from udf.fuse.mount import MountOptions, mount_direct
 from udf.fuse.opcodes import UNANSWERED, Opcode
 
 MNT_FORCE, MNT_DETACH = 1, 2
-PATIENCE = 10.0  # what takes longer is broken
+PATIENCE = 40.0  # what takes longer is broken
 FILE, DIR = 2, 3  # node ids of the file and the directory that exist
 NEW = 10  # the node id of what a request makes: this + its opcode
 DATA = b"0123456789" * 1000

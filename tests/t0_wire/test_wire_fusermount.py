@@ -30,6 +30,7 @@ from udf.fuse.mount import (
     unmount,
 )
 from udf.fuse.opcodes import Opcode
+from udf.host import sandbox
 
 NOBODY = 65534
 
@@ -88,10 +89,11 @@ def test_a_helper_that_fails_is_reported_in_time(
         (tmp_path / "fusermount3").chmod(0o755)
     path = os.environ["PATH"]
     monkeypatch.setenv("PATH", str(tmp_path) if script is None else f"{tmp_path}:{path}")
+    timeout = 0.5 if number == errno.ETIMEDOUT else 40.0
     began = time.monotonic()
     with pytest.raises(MountError) as caught:
-        mount_by_fusermount(str(tmp_path), MountOptions(), timeout=0.5)
-    assert time.monotonic() - began < 5
+        mount_by_fusermount(str(tmp_path), MountOptions(), timeout=timeout)
+    assert time.monotonic() - began < 40
     assert caught.value.errno == number
     assert words in str(caught.value)
 
@@ -138,6 +140,7 @@ def public_device() -> None:
             or libc.mount(node.encode(), b"/dev/fuse", None, ctypes.c_ulong(ms_bind), None)
         ):
             raise RuntimeError(f"cannot make a public /dev/fuse here: {os.strerror(ctypes.get_errno())}")
+        sandbox.hide_fuse_mounts(())  # what others unmount must not wait for us
     finally:
         os.unlink(node)
 

@@ -83,7 +83,7 @@ def test_a_server_that_hangs_is_not_gone(tmp_path: Path, reads: bool) -> None:
             with server.gate:
                 assert not is_stale(str(server.mountpoint), timeout=0.5)
                 assert clean_stale(str(server.mountpoint), timeout=0.2) is None
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 @can_mount

@@ -185,7 +185,7 @@ def _until(true: object) -> None:
     """What is believed is believed for a second."""
     import time
 
-    end = time.monotonic() + 15
+    end = time.monotonic() + 40
     while not true():  # type: ignore[operator]
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -71,7 +71,7 @@ async def test_what_is_no_connection_is_ignored(shim: Shim) -> None:
 async def test_the_driver_tells_that_its_units_changed(shim: Shim, unit: Memory) -> None:
     unit.size *= 2
     unit.units_changed()
-    with trio.fail_after(5):
+    with trio.fail_after(40):
         await trio.lowlevel.wait_readable(shim.link)
     assert json.loads(shim.link.recv(4096)) == {"t": "changed"}
     async with await shim.connect() as client:
@@ -98,6 +98,6 @@ async def test_the_end_of_the_link_ends_the_connections(unit: Memory, nursery: t
     with theirs:
         client = await Shim(ours).connect()
         ours.close()
-        with trio.fail_after(5):
+        with trio.fail_after(40):
             await ended.wait()
         await client.aclose()

@@ -93,7 +93,7 @@ class Raw:
 
     async def ended(self) -> bool:
         """Whether the server closes the connection, and says nothing further of substance."""
-        with trio.move_on_after(10):
+        with trio.move_on_after(40):
             try:
                 while True:
                     await self.take(1)
@@ -267,7 +267,7 @@ def test_noise_after_a_handshake_harms_nobody(seed: int) -> None:
     async def main() -> None:
         unit = Memory(65536)
         ours, theirs = socket.socketpair()
-        with trio.fail_after(20):
+        with trio.fail_after(40):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Server(unit.units).serve, theirs)
                 raw = Raw(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))

@@ -117,7 +117,7 @@ def test_a_cancelled_read_is_unlinked_and_takes_nothing() -> None:
             with trio.move_on_after(0.02) as scope:
                 await transfers.read(0x81, 64, None)
             assert scope.cancelled_caught
-            assert time.monotonic() - begun < 2
+            assert time.monotonic() - begun < 10
         await transfers.write(0x01, b"for the next one")
         assert await transfers.read(0x81, 64) == b"for the next one"
 
@@ -136,12 +136,12 @@ def test_unplug_is_device_gone_for_every_transfer_and_an_event() -> None:
                 await nursery.start(read)
             assert not transfers.gone.is_set()
             await trio.to_thread.run_sync(plugged.unplug)
-            with trio.fail_after(1):
+            with trio.fail_after(10):
                 await transfers.gone.wait()
         assert transfers.gone.is_set()
         with pytest.raises(DeviceGone):
             await transfers.control_in(IN, Request.SETUP, length=8)
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             await transfers.gone.wait()
 
     run(main)

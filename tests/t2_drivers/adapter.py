@@ -64,7 +64,7 @@ class Adapter(Device):
         if takes:
             self.ready(2)
 
-    def wait(self, what: Any, seconds: float = 10.0) -> None:
+    def wait(self, what: Any, seconds: float = 40.0) -> None:
         """Until something is true of what it was told."""
         with self.told:
             assert self.told.wait_for(what, seconds), (self.requests, bytes(self.received[-100:]))

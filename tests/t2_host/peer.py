@@ -26,7 +26,7 @@ from udf.fuse.flags import Init
 from udf.fuse.opcodes import Opcode
 
 REPO = Path(__file__).resolve().parents[2]
-TIMEOUT = 15.0
+TIMEOUT = 40.0
 BUFFER = 2 * 1024 * 1024
 ROOT = 1
 
@@ -309,9 +309,14 @@ class Host:
         }
         message = messages.Start(
             name=fields.pop("name", "test"),
-            driver=messages.DriverSpec(path=str(path), class_name=class_name, command=fields.pop("command", None)),
+            driver=messages.DriverSpec(
+                path=str(path),
+                class_name=class_name,
+                command=fields.pop("command", None),
+                window=(window := fields.pop("window", 0)),
+            ),
             sandbox=messages.Sandbox(**sandbox),
-            store=bool(store),
+            store=bool(store) and not window,
             **fields,
         )
         if message.spare:
@@ -376,7 +381,7 @@ class Host:
         self.driver_end.close()
         if self.process.poll() is None:
             try:
-                self.process.wait(3)
+                self.process.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()

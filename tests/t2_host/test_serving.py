@@ -115,11 +115,11 @@ def test_heartbeats_tell_the_age_of_a_loop_that_is_stuck(host: Host, drivers: Pa
     host.start(drivers / "odd_starts.py", "Stuck", heartbeat=0.05)
     host.ready()
     host.link.init()
-    assert host.wait_for(messages.HostHeartbeat).loop_age < 1
+    assert host.wait_for(messages.HostHeartbeat).loop_age < 5
     node = host.link.lookup("file")["nodeid"]
     handle = host.link.open(node)
     host.link.send(Opcode.READ, node, named(structs.READ_IN, fh=handle, size=10))
-    until = time.monotonic() + 10
+    until = time.monotonic() + 40
     ages = [0.0]
     while ages[-1] < 0.5 and time.monotonic() < until:
         ages.append(host.wait_for(messages.HostHeartbeat).loop_age)

@@ -21,7 +21,8 @@ from udf.block import wire
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = Path(__file__).with_name("drivers")
 MIB = 1 << 20
-LONG = 20.0  # seconds that anything may take on a busy machine
+LONG = 40.0  # seconds that anything may take on a busy machine
+AT_ONCE = 10.0  # seconds: that much less than any patience, and more than a busy machine takes
 
 
 class Driver:
@@ -219,6 +220,7 @@ class Client:
         claim: bool = False,
         structured: bool = True,
         watch: bool = False,
+        window: int = -1,
     ) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(LONG)
@@ -229,6 +231,8 @@ class Client:
         self._cookie = 0
         if structured:
             assert self.option(wire.OPT_STRUCTURED_REPLY)[-1][0] == wire.REP_ACK
+        if window >= 0:
+            assert self.option(wire.OPT_WINDOW, fds=(window,))[-1] == (wire.REP_ACK, b"")
         if watch:
             assert self.option(wire.OPT_WATCH)[-1] == (wire.REP_ACK, b"")
         if claim and export is not None:
@@ -263,8 +267,11 @@ class Client:
             data += more
         return data
 
-    def option(self, option: int, payload: bytes = b"") -> list[tuple[int, bytes]]:
-        self.sock.sendall(wire.pack_option(option, payload))
+    def option(self, option: int, payload: bytes = b"", fds: tuple[int, ...] = ()) -> list[tuple[int, bytes]]:
+        if fds:
+            socket.send_fds(self.sock, [wire.pack_option(option, payload)], fds)
+        else:
+            self.sock.sendall(wire.pack_option(option, payload))
         replies = []
         while True:
             _, _, kind, size = wire.OPTION_REPLY.unpack(self.take(20))

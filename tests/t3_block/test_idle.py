@@ -20,7 +20,7 @@ def test_after_the_last_write_it_is_on_the_medium_without_anybody_asking(runtime
         shim.until(lambda: shim.counters()["kept_writes"] == 0)
         assert disk.read_bytes()[:512] == b"a" * 512
         assert disk.read_bytes()[MIB : MIB + 512] == b"b" * 512
-        assert shim.counters()["flushes_idle"] == 1
+        assert shim.counters()["flushes_idle"] in (1, 2)  # two, if there was a moment between the writes
         client.flush()
 
 
@@ -30,8 +30,9 @@ def test_without_anything_to_flush_it_is_not_told(runtime_dir: Path, disk: Path)
         client.write(0, b"a" * 512)
         client.flush()
         client.write(0, b"b" * 512, wire.CMD_FLAG_FUA)
+        before = shim.counters()["flushes_idle"]  # more than none, if there was a moment after the first write
         time.sleep(3 * IDLE)  # for something that must not happen
-        assert shim.counters()["flushes_idle"] == 0
+        assert shim.counters()["flushes_idle"] == before
     with serving(runtime_dir, Driver("disk", disk, "cache")) as shim, Client(shim.path) as client:
         client.write(0, b"a" * 512)
         time.sleep(3 * IDLE)
@@ -40,19 +41,27 @@ def test_without_anything_to_flush_it_is_not_told(runtime_dir: Path, disk: Path)
 
 
 def test_it_waits_for_whoever_writes_or_flushes(runtime_dir: Path, disk: Path) -> None:
+    idle = 5 * IDLE  # longer than the pauses that a busy machine makes for us
     words = ("cache", "slow:0.05")
-    with serving(runtime_dir, Driver("disk", disk, *words), idle_flush=IDLE) as shim, Client(shim.path) as client:
-        until = time.monotonic() + 6 * IDLE
-        while time.monotonic() < until:
-            client.write(0, b"a" * 512)
-        assert shim.counters()["flushes_idle"] == 0
+    with serving(runtime_dir, Driver("disk", disk, *words), idle_flush=idle) as shim, Client(shim.path) as client:
+        for _ in range(10):
+            shim.until(lambda: shim.counters()["kept_writes"] == 0)
+            before, longest, last = shim.counters()["flushes_idle"], 0.0, time.monotonic()
+            until = last + 3 * idle
+            while last < until:
+                client.write(0, b"a" * 512)
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            after = shim.counters()["flushes_idle"]
+            if max(longest, time.monotonic() - last) < idle:
+                break  # else there was one
+        assert after == before
         shim.until(lambda: shim.counters()["kept_writes"] == 0)
-        assert shim.counters()["flushes_idle"] == 1
+        assert shim.counters()["flushes_idle"] == after + 1
     driver = Driver("disk", disk, "cache", "hang:flush:1")
-    with serving(runtime_dir, driver, idle_flush=IDLE) as shim, Client(shim.path) as client:
+    with serving(runtime_dir, driver, idle_flush=idle) as shim, Client(shim.path) as client:
         client.write(0, b"a" * 512)
         client.ask(wire.CMD_FLUSH, 0, 0)
-        time.sleep(3 * IDLE)
+        time.sleep(3 * idle)
         assert shim.counters()["flushes_idle"] == 0
 
 

@@ -40,7 +40,7 @@ class Killer(threading.Thread):
 
     def finish(self) -> None:
         self.enough.set()
-        self.join(LONG)
+        self.join(2 * LONG)
         self.driver.kill()
         assert self.error is None
         assert self.deaths > 0
@@ -80,7 +80,7 @@ def test_no_acknowledged_write_is_lost_with_the_cache_of_a_dying_medium(
         killer = Killer(shim, driver, lambda: Driver("disk", disk, "cache"), 0.1)
         try:
             until = time.monotonic() + 4
-            while time.monotonic() < until:
+            while time.monotonic() < until or (killer.deaths < 5 and killer.error is None):
                 under_way: dict[int, tuple[int, bytes]] = {}
                 for _ in range(rng.randint(1, 8)):
                     size = 512 * rng.randint(1, 200)

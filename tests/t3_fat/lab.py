@@ -98,7 +98,7 @@ class Quiet:
         elif verb == "flush" and not self._steps:
             self._done.set()
 
-    def wait(self, seconds: float = 20.0) -> None:
+    def wait(self, seconds: float = 40.0) -> None:
         """Until that has been done."""
         assert self._done.wait(seconds), "the volume does not come to rest"
         self._image.seen = lambda verb, offset, data: None

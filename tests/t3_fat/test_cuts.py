@@ -118,7 +118,7 @@ def _fails(world: World, verb: str, *arguments: object, before: object = None) -
     return False
 
 
-@pytest.mark.timeout(max(120, CUTS * 4 or 3000))
+@pytest.mark.timeout(max(300, CUTS * 4 or 3000))
 @pytest.mark.parametrize("geometry", KINDS, ids=str)
 async def test_what_was_fsynced_survives_a_power_cut_at_any_moment(tmp_path: Path, geometry: Geometry) -> None:
     oracle.need()

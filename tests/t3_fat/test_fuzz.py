@@ -27,7 +27,7 @@ CASES = int(os.environ.get("FAT_FUZZ_CASES", "39"))
 SEED = int(os.environ.get("FAT_FUZZ_SEED", "1"))
 KINDS = [Geometry(12, 512, clusters=300), Geometry(16, 1024), Geometry(32, 512, clusters=300, few=True)]
 BEHIND = 64 * KIB  # of the device, behind the volume
-SECONDS = 20
+SECONDS = 60
 MEMORY = 150 << 20
 
 

@@ -84,7 +84,7 @@ async def perform_again(driver: Driven, operation: Operation, before: Picture, a
     await perform(driver, operation)
 
 
-@pytest.mark.timeout(max(120, OPERATIONS * 3))
+@pytest.mark.timeout(max(300, OPERATIONS * 3))
 @pytest.mark.parametrize("geometry", KINDS, ids=str)
 def test_a_driver_killed_at_any_line_leaves_nothing_to_repair(tmp_path: Path, geometry: Geometry) -> None:
     oracle.need()

@@ -40,7 +40,7 @@ def at(mount: Direct) -> Iterator[Path]:
     path.mkdir()
     yield path
     subprocess.run(["rm", "-rf", str(path)], check=True)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while free() != before and time.monotonic() < until:
         time.sleep(0.01)  # the kernel sends RELEASE and FORGET when it likes, and tells nobody
     assert free() == before

@@ -62,14 +62,14 @@ def rename(old: Path, new: Path, flags: int) -> None:
 def run_as(uid: int, gid: int, code: str, cwd: Path, umask: int = 0o022) -> None:
     """Run code in another process as that user, who need not be able to read the interpreter's files."""
     change = f"import os\nos.setgroups([])\nos.setgid({gid})\nos.setuid({uid})\n"
-    subprocess.run([sys.executable, "-c", change + code], cwd=cwd, umask=umask, check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", change + code], cwd=cwd, umask=umask, check=True, timeout=60)
 
 
 def eventually(condition: Callable[[], bool]) -> None:
     """Wait for what the kernel's time-outs bring about: there is no event for it."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline, "did not come true within five seconds"
+        assert time.monotonic() < deadline, "did not come true within twenty seconds"
         time.sleep(0.01)
 
 

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from tests.t3_shim.program import PATIENCE
 from tests.t3_shim.tree import Answer, Handler, Packets, Request, Tree, whole
 from udf.fuse import structs
 from udf.fuse.flags import Init
@@ -69,7 +70,7 @@ class RawDriver(threading.Thread):
         """Count from here."""
         self.log.clear()
 
-    def wait_for(self, op: int, count: int = 1, seconds: float = 10.0) -> Request:
+    def wait_for(self, op: int, count: int = 1, seconds: float = PATIENCE) -> Request:
         """Return the *count*th request of this kind, when it has come."""
         until = time.monotonic() + seconds
         with self._changed:
@@ -81,7 +82,7 @@ class RawDriver(threading.Thread):
                 assert left > 0, f"no {Opcode(op).name} came: {self.counts()}"
                 self._changed.wait(left)
 
-    def wait_until(self, true: Callable[[], bool], seconds: float = 3.0) -> None:
+    def wait_until(self, true: Callable[[], bool], seconds: float = 10.0) -> None:
         """Wait until something is true, which only requests can make so; whoever asked looks again."""
         until = time.monotonic() + seconds
         with self._changed:

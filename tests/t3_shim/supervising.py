@@ -21,14 +21,21 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, make_runtime_dir
-from tests.t3_shim.program import Program
+from tests.t3_shim.program import PATIENCE, Program
 from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.tree import Tree
+from udf.driver.window import PIECE, Window
+from udf.window import create_window
 
 can_mount = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs root and /dev/fuse"
 )
 Message = dict[str, Any]
+
+
+def new_window() -> Window:
+    """A driver's side of a new window, with room for four pieces."""
+    return Window(create_window("test", 4 * PIECE))
 
 
 def socket_pair(size: int = 4 << 20) -> tuple[socket.socket, socket.socket]:
@@ -87,7 +94,7 @@ class Shim:
         found = [message for message in list(self.messages) if message["t"] == kind]
         return [message for message in found if all(message.get(key) == value for key, value in values.items())]
 
-    def wait_for(self, kind: str, seconds: float = 10.0, **values: object) -> Message:
+    def wait_for(self, kind: str, seconds: float = PATIENCE, **values: object) -> Message:
         """Wait until it says this."""
         until = time.monotonic() + seconds
         with self._changed:
@@ -98,7 +105,7 @@ class Shim:
                 self._changed.wait(left)
         return found[-1]
 
-    def wait_for_count(self, kind: str, count: int, seconds: float = 10.0) -> Message:
+    def wait_for_count(self, kind: str, count: int, seconds: float = PATIENCE) -> Message:
         """Wait until it has said this so many times."""
         until = time.monotonic() + seconds
         with self._changed:
@@ -140,13 +147,13 @@ class Shim:
         self.forget_descriptors()
         with contextlib.suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         self.control.close()
         try:
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(PATIENCE)
             raise
 
 
@@ -162,11 +169,18 @@ class Mount:
         self._usual: Program | None = None
         self.ended_as_wanted = False  # it may end without `unmounted`
         self.generation = 1
+        self.window: Window | None = None  # the driver's side of it
         self.past_drivers: list[RawDriver] = []
 
     def stop_driver(self) -> None:
         """End the driver that serves now."""
         self.driver.stop()
+
+    def close_window(self) -> None:
+        """Have no window any more, and let the next driver have none."""
+        if self.window is not None:
+            self.window.close()
+            self.window = None
 
     def lose_driver(self) -> Message:
         """Kill the driver; returns what the shim says of it."""
@@ -194,8 +208,13 @@ class Mount:
         prepare(self.driver)
         self.driver.start()
         self.past_drivers.append(old)
+        fds = [ours.fileno()]
+        if self.window is not None:
+            self.window.close()
+            self.window = new_window()
+            fds.append(self.window.fd)
         with ours:
-            self.shim.send({"t": "attach", "generation": self.generation, "counted": counted}, ours.fileno())
+            self.shim.send({"t": "attach", "generation": self.generation, "counted": counted}, *fds)
 
     @property
     def tree(self) -> Tree:
@@ -219,11 +238,11 @@ class Mount:
             self._usual = self.program()
         return self._usual
 
-    def do(self, call: str, name: str = "", *args: object, seconds: float = 10.0) -> Any:
+    def do(self, call: str, name: str = "", *args: object, seconds: float = PATIENCE) -> Any:
         """Do *call* on a path in the mount."""
         return self.usual.do(call, self.path(name), *args, seconds=seconds)
 
-    def fails(self, call: str, name: str = "", *args: object, seconds: float = 10.0) -> int:
+    def fails(self, call: str, name: str = "", *args: object, seconds: float = PATIENCE) -> int:
         """The errno of a call on a path in the mount, which must fail."""
         return self.usual.fails(call, self.path(name), *args, seconds=seconds)
 
@@ -267,22 +286,26 @@ class Mount:
         self._programs.clear()
         self._usual = None
 
+    def _where_it_waits(self) -> str:
+        stacks = [path.read_text() for path in Path(f"/proc/{self.shim.process.pid}/task").glob("*/stack")]
+        return "\n".join([*stacks, f"unanswered: {self.driver.unanswered}", self.shim.log()])
+
     def unmount(self) -> None:
         """Unmount in order, as the supervisor does. The kernel may still be closing what ended programs had open."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE
         while True:
             self.shim.messages[:] = [message for message in self.shim.messages if message["t"] != "busy"]
             with contextlib.suppress(BrokenPipeError):  # a lazy unmount before this one has just come to its end
                 self.shim.send({"t": "unmount", "lazy": False})
             while not (done := self.shim.said("unmounted") or self.shim.said("end")) and not self.shim.said("busy"):
-                assert time.monotonic() < until, f"it does not unmount: {self.shim.messages} {self.shim.log()}"
+                assert time.monotonic() < until, f"it does not unmount: {self.shim.messages} {self._where_it_waits()}"
                 time.sleep(0.002)
             if done:
                 assert self.shim.said("unmounted"), f"the shim ended: {self.shim.messages} {self.shim.log()}"
                 break
             assert time.monotonic() < until, "it stays busy"
             time.sleep(0.02)
-        assert self.shim.process.wait(10) == 0, self.shim.log()
+        assert self.shim.process.wait(PATIENCE) == 0, self.shim.log()
 
 
 @contextlib.contextmanager
@@ -294,6 +317,7 @@ def mounted(
     max_write: int = 131072,
     link_size: int = 4 << 20,
     control_size: int = 4 << 20,
+    window: bool = False,
     **config: object,
 ) -> Iterator[Mount]:
     """A mount for one test; *prepare* fills the driver's tree, *config* is what the mount message says besides."""
@@ -311,11 +335,16 @@ def mounted(
         stack.callback(shim.close)
         mount = Mount(shim, driver, point)
         stack.callback(mount.stop_driver)
+        stack.callback(mount.close_window)
         stack.callback(_detach, mount)
         message: Message = {"t": "mount", "mountpoint": str(point), "name": "m", "driver": "test", "fsname": "test"}
         message.update({"allow_other": True, "nodev": False, "nosuid": False, "deadline": 20.0}, **config)
+        fds = [ours.fileno()]
+        if window:
+            mount.window = new_window()
+            fds.append(mount.window.fd)
         with ours:
-            shim.send(message, ours.fileno())
+            shim.send(message, *fds)
         shim.wait_for("mounted")
         yield mount
         mount.end_programs()

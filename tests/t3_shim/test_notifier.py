@@ -177,11 +177,11 @@ def test_invalidations_of_many_nodes_do_not_take_longer_and_longer():
         for node in range(4000):
             enter(queue.table, ROOT, b"%d" % node, 10 + node)
         for _ in range(3):
-            began = time.monotonic()
+            began = time.thread_time()
             for node in range(4000):
                 queue.invalidate(10 + node)
                 queue.put(Notify.INVAL_INODE, structs.NOTIFY_INVAL_INODE_OUT.pack(10 + node, -1, 0))
-            assert time.monotonic() - began < 3
+            assert time.thread_time() - began < 5
         assert len({body[:8] for code, body in queue.waiting() if code == Notify.INVAL_INODE}) == 4000
 
 

@@ -589,7 +589,7 @@ def test_deaths_that_the_driver_did_not_cause_make_nothing_suspect():
 
 
 def test_a_driver_that_does_not_answer_in_time_is_reported_and_its_request_asked_again():
-    with recovering(deadline=0.5) as mount:
+    with recovering(deadline=1.5) as mount:
         mount.counters()
         mount.driver.hold(Opcode.LOOKUP)
         mount.usual.start("stat", mount.path("d/inner"))
@@ -606,14 +606,14 @@ def say_still_working(mount: Mount, op: int) -> None:
 
 
 def test_a_driver_that_gets_on_slowly_does_not_hang():
-    with recovering(deadline=0.6) as mount:
+    with recovering(deadline=2.0) as mount:
         mount.counters()
         mount.driver.hold(Opcode.LOOKUP)
         mount.usual.start("stat", mount.path("d/inner"))
         mount.driver.wait_for(Opcode.LOOKUP)
         for _ in range(6):
             with pytest.raises(StillWaiting):
-                mount.usual.wait(0.3)
+                mount.usual.wait(0.4)
             say_still_working(mount, Opcode.LOOKUP)
         mount.driver.answer_late()
         assert mount.usual.wait()["st_size"] == 5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 from lab import Lab, laboratory
+from real import PATIENCE
 
 from udf.supervisor.blocks import BlockEndpoint
 from udf.supervisor.devices import Devices
@@ -48,7 +49,7 @@ class Desk:
         """Its port is free again, and its image too."""
         await trio.to_thread.run_sync(self.lab.bus.unplug, plugged)
 
-    async def until(self, condition, seconds: float = 20.0) -> None:  # type: ignore[no-untyped-def]
+    async def until(self, condition, seconds: float = PATIENCE) -> None:  # type: ignore[no-untyped-def]
         with trio.fail_after(seconds):
             while not condition():
                 await trio.sleep(0.005)

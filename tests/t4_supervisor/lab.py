@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+from real import PATIENCE
 
 from udf import messages
 from udf.errors import DeviceGone
@@ -163,7 +164,7 @@ async def laboratory(home: Path) -> AsyncIterator[Lab]:
     lab.nothing_is_left()
 
 
-async def gone(endpoint: Endpoint, seconds: float = 10.0) -> None:
+async def gone(endpoint: Endpoint, seconds: float = PATIENCE) -> None:
     with trio.fail_after(seconds):
         await endpoint.ended.wait()
     assert endpoint.is_gone
@@ -171,9 +172,20 @@ async def gone(endpoint: Endpoint, seconds: float = 10.0) -> None:
 
 async def serves(endpoint: Endpoint, generation: int) -> None:
     """Until this generation serves."""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         while endpoint.instance.state is not State.ACTIVE or endpoint.generation != generation:
             await trio.sleep(0.002)
+
+
+async def warm_spare(endpoint: Endpoint, *, other_than: int | None = None) -> int:
+    """The pid of its spare, once that is the pid of the process that will be the driver: first it is its parent's."""
+    with trio.fail_after(PATIENCE):
+        while True:
+            spare = endpoint.recovery._hosts.spares._spare
+            if spare is not None and spare.process._worker_pidfd >= 0 and spare.instance.pid != other_than:
+                assert spare.instance.pid is not None
+                return spare.instance.pid
+            await trio.sleep(0.01)
 
 
 async def read(path: Path) -> bytes:
@@ -206,5 +218,5 @@ def write(path: Path, data: bytes, offset: int = 0) -> None:
 
 
 async def in_thread(work, *arguments):  # type: ignore[no-untyped-def]
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE):
         return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True)

@@ -20,7 +20,8 @@ from udf.supervisor.client import Connection
 ROOT = Path(__file__).resolve().parents[2]
 CAN_MOUNT = os.path.exists("/dev/fuse") and os.geteuid() == 0
 needs_fuse = pytest.mark.skipif(not CAN_MOUNT, reason="needs /dev/fuse and root")
-PATIENCE = 30.0
+PATIENCE = 40.0  # seconds that anything may take on a busy machine
+AT_ONCE = 10.0  # seconds: more than a busy machine takes for what waits for nobody, less than any time of grace
 
 DAEMON_PROGRAM = """
 import sys

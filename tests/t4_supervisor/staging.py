@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from real import PATIENCE
 
 from udf import messages
 from udf.supervisor import spawn
@@ -88,20 +89,20 @@ class Stage:
 
 
 async def gone(mount: Mount) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         await mount.ended.wait()
     assert mount.is_gone
 
 
 async def state_of(mount: Mount, state: State) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         while mount.instance.state is not state:
             await trio.sleep(0.01)
 
 
 async def until(condition: Callable[[], Any]) -> None:
     """For what the mount does by itself."""
-    with trio.fail_after(15):
+    with trio.fail_after(PATIENCE):
         while not condition():
             await trio.sleep(0.01)
 

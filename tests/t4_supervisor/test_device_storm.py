@@ -13,7 +13,7 @@ import signal
 import pytest
 import trio
 from lab import Lab, gone
-from real import needs_fuse
+from real import PATIENCE, needs_fuse
 
 from udf.supervisor.instance import Reason, State
 from udf.supervisor.plan import StartFailedError
@@ -23,7 +23,7 @@ pytestmark = needs_fuse
 DEVICES = int(os.environ.get("UDF_STORM_DEVICES", "24"))
 SEED = int(os.environ.get("UDF_STORM_SEED", "0")) or random.randrange(1 << 32)
 DRIVERS = ("sensor", "sensor_line", "sensor_blocks")
-AT_ONCE = 6
+SLOTS = 6
 
 
 def descriptors() -> int:
@@ -35,13 +35,13 @@ async def test_devices_in_random_order_leave_nothing_behind(lab: Lab) -> None:
     print(f"UDF_STORM_SEED={SEED}")
     chance = random.Random(SEED)
     ends: list[Reason] = []
-    slots = trio.CapacityLimiter(AT_ONCE)
+    slots = trio.CapacityLimiter(SLOTS)
     names = {f"x{number}": trio.Lock() for number in range(2 * DEVICES)}
 
     async def episode(number: int) -> None:
         driver, life, kills = chance.choice(DRIVERS), chance.expovariate(4), chance.randrange(3)
         told, reuse = chance.random() < 0.7, chance.random() < 0.5
-        name = f"x{number % AT_ONCE if reuse else number + DEVICES}"
+        name = f"x{number % SLOTS if reuse else number + DEVICES}"
         async with slots, names[name]:
             assert not lab.registry.is_taken(name)
             lease = await lab.plug(Thermometer(), f"d{number}")
@@ -62,7 +62,7 @@ async def test_devices_in_random_order_leave_nothing_behind(lab: Lab) -> None:
                     if endpoint.driver.pid is not None and endpoint.instance.state is State.ACTIVE:
                         with contextlib.suppress(ProcessLookupError):  # the device is being pulled
                             os.kill(endpoint.driver.pid, signal.SIGKILL)
-                with trio.fail_after(life + 10):
+                with trio.fail_after(life + PATIENCE):
                     await endpoint.ended.wait()
             ends.append(endpoint.instance.reason)
             assert not lab.place(name).exists()
@@ -74,7 +74,7 @@ async def test_devices_in_random_order_leave_nothing_behind(lab: Lab) -> None:
     assert ends == [Reason.UNPLUGGED] * DEVICES
     assert lab.registry.endpoints(lab.registry_owner) == []
     lab.nothing_is_left()
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE):
         while descriptors() > before + 8:  # what stands by ahead of the next host
             await trio.sleep(0.05)
 
@@ -85,7 +85,7 @@ async def test_what_was_gone_before_it_could_start_is_told_so_however_often(lab:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lab.unplug, lease)
             try:
-                await gone(await lab.start("x", "sensor", lease), 2.0)
+                await gone(await lab.start("x", "sensor", lease))
             except StartFailedError as exc:
                 reason = exc.reason
                 assert reason is Reason.UNPLUGGED, number

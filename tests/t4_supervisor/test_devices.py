@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 import trio
-from lab import Lab, errno_of_read, gone, read, serves
-from real import needs_fuse
+from lab import Lab, errno_of_read, gone, read, serves, warm_spare
+from real import AT_ONCE, PATIENCE, needs_fuse
 
 from udf.errors import UserError
 from udf.fuse.mountinfo import find_mount
@@ -30,7 +30,7 @@ async def test_files_of_a_device_are_there_until_it_is_unplugged(lab: Lab) -> No
     assert await read(lab.place("t0") / "celsius") == b"21.50\n"
     assert lab.registry.is_taken("t0")
     await lab.unplug(lease)
-    await gone(endpoint, 1.0)
+    await gone(endpoint)
     assert lab.life("t0", "mount") == [
         ("STARTING", "starting"),
         ("ACTIVE", "ready"),
@@ -53,7 +53,7 @@ async def test_a_driver_that_is_killed_is_replaced_with_a_connection_of_its_own(
         await serves(endpoint, generation)
     assert lease.opened == 5
     await lab.unplug(lease)
-    await gone(endpoint, 1.0)
+    await gone(endpoint)
 
 
 async def test_what_waits_for_a_device_ends_with_enodev_when_it_is_unplugged(lab: Lab) -> None:
@@ -70,10 +70,12 @@ async def test_what_waits_for_a_device_ends_with_enodev_when_it_is_unplugged(lab
             nursery.start_soon(wait)
         while (await endpoint.requests()).total < 1:  # type: ignore[union-attr]
             await trio.sleep(0.005)
-        with trio.fail_after(1):
+        with trio.fail_after(AT_ONCE):
             await lab.unplug(lease)
             await endpoint.ended.wait()
-    assert failures == [errno.ENODEV] * 3
+    assert len(failures) == 3
+    assert errno.ENODEV in failures
+    assert set(failures) <= {errno.ENODEV, errno.ENOENT}, "a thread that comes late finds nothing"
     assert find_mount(str(lab.place("t0"))) is None
     with pytest.raises(OSError) as failure:
         os.read(file, 10)
@@ -85,7 +87,7 @@ async def test_an_unplug_that_only_the_connection_tells_of_is_one_too(lab: Lab) 
     lease = await lab.plug(Thermometer())
     endpoint = await lab.start("t0", "sensor", lease)
     await lab.unplug(lease, told=False)
-    await gone(endpoint, 1.0)
+    await gone(endpoint)
     assert endpoint.instance.reason is Reason.UNPLUGGED
 
 
@@ -138,10 +140,10 @@ async def test_a_device_may_be_unplugged_at_any_moment_of_a_start(lab: Lab, dela
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pull)
-        with trio.fail_after(3):
+        with trio.fail_after(AT_ONCE):
             reason = None
             try:
-                await gone(await lab.start("t0", "sensor", lease), 1.5)
+                await gone(await lab.start("t0", "sensor", lease))
             except StartFailedError as exc:
                 reason = exc.reason
         assert reason in (None, Reason.UNPLUGGED)
@@ -155,7 +157,7 @@ async def test_a_device_may_be_unplugged_while_its_driver_is_replaced(lab: Lab) 
         os.kill(endpoint.driver.pid, signal.SIGKILL)
         await trio.sleep(delay)
         await lab.unplug(lease)
-        await gone(endpoint, 1.5)
+        await gone(endpoint)
         assert endpoint.instance.reason is Reason.UNPLUGGED
         assert not lab.place("t0").exists()
 
@@ -174,22 +176,18 @@ async def test_a_driver_that_rests_or_is_given_up_is_unplugged_like_any_other(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(kill_it)
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while endpoint.instance.state is not state or (state is State.RECOVERING and not lab.is_resting(endpoint)):
                 await trio.sleep(0.01)
         await lab.unplug(lease)
-        await gone(endpoint, 1.0)
+        await gone(endpoint)
     assert endpoint.instance.reason is Reason.UNPLUGGED
 
 
 async def test_a_spare_has_no_connection_before_its_turn(lab: Lab) -> None:
     lease = await lab.plug(Thermometer())
     endpoint = await lab.start("t0", "sensor", lease, options={"spare": ""})
-    with trio.fail_after(10):
-        while endpoint.recovery.spare_pid is None:
-            await trio.sleep(0.01)
-    await trio.sleep(0.2)  # it gets warm
-    spare = endpoint.recovery.spare_pid
+    spare = await warm_spare(endpoint)
     assert lease.opened == 1
     assert endpoint.driver.pid is not None
     os.kill(endpoint.driver.pid, signal.SIGKILL)
@@ -198,7 +196,7 @@ async def test_a_spare_has_no_connection_before_its_turn(lab: Lab) -> None:
     assert endpoint.driver.pid == spare
     assert lease.opened == 2
     await lab.unplug(lease)
-    await gone(endpoint, 1.0)
+    await gone(endpoint)
 
 
 async def test_a_name_or_place_that_is_taken_is_refused(lab: Lab) -> None:
@@ -235,10 +233,10 @@ async def test_an_ended_endpoint_leaves_nothing_in_memory(lab: Lab, driver: str)
             os.kill(endpoint.driver.pid, signal.SIGKILL)
             await serves(endpoint, 2)
             await lab.unplug(lease)
-            await gone(endpoint, 1.0)
+            await gone(endpoint)
 
         await live()
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             await freed.wait()
     finally:
         gc.enable()
@@ -258,6 +256,6 @@ async def test_a_driver_is_restarted_by_an_operator_and_stopped_in_order(lab: La
     endpoint = await lab.start("t0", "sensor", lease)
     assert await endpoint.restart() == 2
     assert await read(lab.place("t0") / "celsius") == b"21.50\n"
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE):
         await lab.registry.end(endpoint, Reason.OPERATOR)
     assert endpoint.instance.state is State.GONE

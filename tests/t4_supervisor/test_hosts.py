@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from real import ROOT, children_named, is_alive, wait_for
+from real import PATIENCE, ROOT, children_named, is_alive, wait_for
 
 from udf import messages
 from udf.supervisor import oom, spawn, zygote
@@ -23,7 +23,6 @@ from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.process import Process
 from udf.supervisor.zygote import Zygote
 
-PATIENCE = 30.0
 DRIVERS = ROOT / "tests" / "t2_host" / "drivers"
 ENVIRONMENT = {**spawn.daemon_environment(os.environ, "/", "root"), "MARK": "mine"}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -330,7 +329,7 @@ async def test_a_driver_that_ran_out_of_memory_is_told_from_one_that_was_killed(
         await host.until(lambda: host.process.dead)
         assert host.process.status == -signal.SIGKILL
         assert before is not None
-        assert oom.kills() == before + 1
+        assert oom.kills() > before
         assert host.process.oom_killed
         assert host.process.max_rss > 100_000
 

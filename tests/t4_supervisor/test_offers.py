@@ -11,6 +11,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from real import PATIENCE
 
 from udf.supervisor import catalog, offers
 from udf.supervisor.filewatch import FileWatch
@@ -47,12 +48,12 @@ class Watched:
         self._change = trio.Event()
 
     async def until(self, driver: str, present: bool = True) -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             while (driver in [each.name for each in self.offers.now.drivers]) is not present:
                 await self._change.wait()
 
     async def next(self) -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             await self._change.wait()
 
 
@@ -88,7 +89,7 @@ async def test_a_program_that_appears_on_the_path_is_seen(home: Path) -> None:
         assert watched.offers.now.missing["mine"] == "the program frob is not installed"
         (home / "bin/frob").write_text("#!/bin/sh\n")
         (home / "bin/frob").chmod(0o755)
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             while "mine" in watched.offers.now.missing:
                 await watched.next()
         nursery.cancel_scope.cancel()
@@ -108,7 +109,7 @@ async def test_the_last_good_rules_stay(home: Path, caplog: pytest.LogCaptureFix
         (problem,) = watched.offers.now.problems
         assert problem.startswith(f"{rules}: the rules file is not valid TOML")
         rules.unlink()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             while "cannot be examined" not in watched.offers.now.problems[0]:
                 await watched.next()
         rules.write_text("")
@@ -127,7 +128,7 @@ async def test_a_search_path_that_hangs_keeps_neither_the_loop_nor_the_start(
     try:
         async with trio.open_nursery() as nursery:
             watched = Watched(None)
-            with trio.fail_after(5):
+            with trio.fail_after(PATIENCE):
                 await nursery.start(watched.offers.run)
             assert watched.offers.now == offers.Offer()
             nursery.cancel_scope.cancel()
@@ -143,11 +144,11 @@ async def test_a_watch_says_nothing_of_what_it_was_not_asked_about(tmp_path: Pat
             (tmp_path / "other").write_text("")
             await watch.changed()
         assert limit.cancelled_caught
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             (tmp_path / "a").mkdir()
             await watch.changed()
         watch.watch([tmp_path / "a"])
-        with trio.fail_after(5):
+        with trio.fail_after(PATIENCE):
             (tmp_path / "a/x").write_text("")
             await watch.changed()
         watch.watch([])

@@ -116,5 +116,5 @@ async def test_a_device_that_nobody_uses_is_gone_at_once(desk: Desk) -> None:
     plugged = await desk.plug(desk.image("a"))
     disk = await desk.disk()
     await desk.pull(plugged)
-    await gone(disk, 2.0)
+    await gone(disk)
     assert said(desk, "disk0")[1:] == [("ACTIVE", "ready"), ("DETACHED", "unplugged"), ("GONE", "unplugged")]

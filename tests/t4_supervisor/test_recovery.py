@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from real import PATIENCE
 from staging import GOOD_HOST, Stage, generation_of, gone, state_of, unmount, until
 
 from udf.errors import UserError
@@ -270,7 +271,7 @@ async def test_a_restart_cuts_a_delay_short(stage: Stage, monkeypatch: pytest.Mo
     stage.hosts = [(*SERVING, "exit=1"), (*SERVING, "beats=3", "exit=1")]
     mount = await stage.mounted()
     await until(lambda: len(stage.told("death")) == 2)
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         assert await mount.restart() == 3
     await unmount(mount)
 
@@ -333,7 +334,7 @@ async def test_an_unmount_does_not_wait_for_a_driver(
         }[stop]
     )
     assert mount.instance.state in (State.RECOVERING, State.FAILED)
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE):
         await mount.unmount(Reason.OPERATOR, lazy=lazy)
         await gone(mount)
     assert mount.instance.reason is Reason.OPERATOR
@@ -350,7 +351,7 @@ async def test_an_unmount_without_a_driver_that_the_shim_does_not_answer_is_not_
     await state_of(mount, State.RECOVERING)
     with pytest.raises(BusyError, match="has no driver now"):
         await mount.unmount(Reason.OPERATOR, lazy=False)
-    with trio.fail_after(8):
+    with trio.fail_after(PATIENCE):
         await mount.end(Reason.SHUTDOWN)
     assert mount.is_gone
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 from lab import Lab, gone, serves
-from real import needs_fuse
+from real import PATIENCE, needs_fuse
 
 from udf.errors import UserError
 from udf.supervisor.instance import Reason, State
@@ -29,7 +29,7 @@ class Line:
     def say(self, text: bytes) -> None:
         os.write(self.fd, text)
 
-    async def hear(self, seconds: float = 5.0) -> bytes:
+    async def hear(self, seconds: float = PATIENCE) -> bytes:
         """What comes next; nothing at a hang-up."""
         with trio.fail_after(seconds):
             await trio.lowlevel.wait_readable(self.fd)
@@ -59,7 +59,7 @@ async def test_a_terminal_talks_to_its_driver_without_an_echo(lab: Lab) -> None:
     assert await line.hear() == b"3.25\n"
     line.close()
     await lab.unplug(lease)
-    await gone(endpoint, 1.0)
+    await gone(endpoint)
     assert not lab.place("serial0").exists()
 
 
@@ -90,9 +90,9 @@ async def test_unplug_is_a_hang_up_and_no_fault_of_the_drivers(lab: Lab, told: b
     endpoint = await lab.start("serial0", "sensor_line", lease)
     line = Line(lab.place("serial0") / "tty")
     await lab.unplug(lease, told=told)
-    assert await line.hear(1.0) == b""
+    assert await line.hear() == b""
     assert line.is_hung_up
-    await gone(endpoint, 1.0)
+    await gone(endpoint)
     assert endpoint.instance.reason is Reason.UNPLUGGED
     assert lab.told("death") == []
     line.close()

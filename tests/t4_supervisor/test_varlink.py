@@ -16,6 +16,7 @@ import trio.testing
 import varlink
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real import AT_ONCE, PATIENCE
 from varlink.scanner import Interface
 
 from udf import __version__
@@ -79,7 +80,7 @@ class Raw:
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE):
         return await trio.to_thread.run_sync(work)
 
 
@@ -276,7 +277,7 @@ async def test_an_upgrade_is_refused(address: Path) -> None:
 async def test_a_message_that_is_too_large_is_cut_off(address: Path, size: int) -> None:
     client = await Raw.connect(address)
     async with client.stream:
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             try:
                 await client.stream.send_all(b"x" * size)
                 assert (await client.receive() or {})["error"] == f"{INTERFACE}.TooMany"
@@ -301,7 +302,7 @@ async def test_too_many_calls_ahead_are_cut_off(address: Path) -> None:
         for _ in range(wire.MAX_WAITING + 1):
             await client.send("Info")
         errors = []
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             while reply := await client.receive():
                 errors.append(reply.get("error"))
         assert f"{INTERFACE}.TooMany" in errors
@@ -312,7 +313,7 @@ async def test_what_is_not_varlink_ends_the_connection(address: Path) -> None:
         client = await Raw.connect(address)
         async with client.stream:
             await client.stream.send_all(data)
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE):
                 assert await client.receive() is None
 
 
@@ -325,13 +326,13 @@ async def test_a_client_that_reads_nothing_does_not_keep_others_waiting(
         await slow.send("Events", more=True)
         assert await slow.receive() == {"parameters": {"events": [], "lost": 0}, "continues": True}
         instance = Instance("noisy", "driver", registry.events)
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE):
             while registry.events._subscribers:  # until it is cut off
                 for _ in range(200):
                     instance.fault("READ", "x" * 900)
                 other = await Raw.connect(address)
                 async with other.stream:
-                    with trio.fail_after(2):
+                    with trio.fail_after(AT_ONCE):
                         await other.send("Info")
                         assert "parameters" in (await other.receive() or {})
                 await trio.sleep(0.05)
@@ -346,7 +347,7 @@ async def test_a_slow_client_is_told_how_many_events_it_missed(address: Path, re
         for _ in range(control_module.MAX_EVENT_QUEUE + 9):  # without letting the server send in between
             instance.fault("READ", "x")
         told = lost = 0
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             while told < control_module.MAX_EVENT_QUEUE:
                 reply = await client.receive()
                 assert reply is not None
@@ -361,7 +362,7 @@ async def test_a_stream_ends_with_its_client(address: Path, registry: Registry) 
     await client.receive()
     assert registry.events._subscribers
     await client.stream.aclose()
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         while registry.events._subscribers:
             await trio.sleep(0.01)
 
@@ -371,7 +372,7 @@ async def test_a_client_that_closes_its_sending_side_still_gets_its_answer(addre
     async with client.stream:
         await client.send("Info")
         client.stream.socket.shutdown(socket.SHUT_WR)
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE):
             assert "parameters" in (await client.receive() or {})
             assert await client.receive() is None
 
@@ -458,7 +459,7 @@ async def test_another_user_is_refused_what_is_not_his(
         finally:
             os._exit(0)
     os.close(write_end)
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE):
         answer = await trio.to_thread.run_sync(os.read, read_end, 65536)
         await trio.to_thread.run_sync(os.waitpid, pid, 0)
     os.close(read_end)
@@ -511,7 +512,7 @@ def test_no_bytes_at_all_stop_the_server(data: list[bytes]) -> None:
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(left))
             client = Raw(trio.SocketStream(trio.socket.from_stdlib_socket(right)))
             nursery.start_soon(server._handle, stream)
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE):
                 try:
                     await client.stream.send_all(b"\0".join(data))
                     client.stream.socket.shutdown(socket.SHUT_WR)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT, mounts_below
 
-from .conftest import Command, Daemon, running_daemon
+from .conftest import Command, Daemon, elsewhere, running_daemon
 
 AsNobody = Callable[..., subprocess.CompletedProcess[str]]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -378,7 +378,7 @@ def test_machine_without_the_fuse_device(tmp_path: Path, drivers: Path, mountpoi
     hide = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
     command = [sys.executable, "-m", "udf", "mount", "-f", "-t", str(driver), str(mountpoint)]
     result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'{hide} && exec "$@"', "sh", *command],
+        elsewhere(f'{hide} && exec "$@"', *command),
         capture_output=True,
         text=True,
         cwd=ROOT,

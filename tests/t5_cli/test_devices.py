@@ -22,7 +22,7 @@ from udf.testing.devices import Association, BulkIn, Configuration, Device, Emul
 from udf.testing.devices.loopback import Loopback
 from udf.testing.devices.thermometer import Thermometer
 
-from .conftest import Daemon, running_daemon
+from .conftest import PATIENCE, Daemon, running_daemon
 
 THERMOMETER = '''"""Reads the temperature."""
 # /// udf
@@ -82,7 +82,7 @@ class Lab:
     def plug(self, *arguments: str) -> dict[str, Any]:
         return dict(json.loads(self.daemon.udf.done("plug", *arguments, "--json"))["device"])
 
-    def until(self, name: str, state: str, seconds: float = 15.0) -> dict[str, Any]:
+    def until(self, name: str, state: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """Until a device is in a state: each event of the daemon is a reason to look again."""
         until = time.monotonic() + seconds
         with Connection(self.daemon.socket) as connection, Connection(self.daemon.socket) as asking:
@@ -182,7 +182,7 @@ def test_a_disk_of_the_daemon_is_no_image_for_it(lab: Lab, tmp_path: Path) -> No
     began = time.monotonic()
     said = lab.daemon.udf.refused("plug", lab.dev / "disk0/disk")
     assert "is served by this daemon itself" in said
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25
     assert (lab.dev / "disk0/disk").read_bytes() == bytes(1024 * 1024)
 
 
@@ -309,7 +309,7 @@ def test_the_death_of_the_emulator_is_an_unplug_of_everything(lab: Lab) -> None:
         lab.plug(*MODEL, "--name", f"t{number}")
     pid = int(_emulator(lab).name)
     os.kill(pid, signal.SIGKILL)
-    until = time.monotonic() + 15
+    until = time.monotonic() + PATIENCE
     while lab.devices():
         assert time.monotonic() < until
     assert "nothing emulated is plugged in" in lab.daemon.udf.refused("unplug", "t0")
@@ -333,7 +333,7 @@ def test_two_daemons_do_not_share_a_directory_of_devices(lab: Lab) -> None:
     from .conftest import Command
 
     second = Command(lab.daemon.directory / "second.sock")
-    assert "another daemon keeps its devices in" in second.refused("daemon", timeout=20)
+    assert "another daemon keeps its devices in" in second.refused("daemon")
 
 
 def test_where_others_can_write_a_daemon_has_a_directory_of_its_own(tmp_path: Path, runtime_dir: Path) -> None:
@@ -426,14 +426,14 @@ def test_devices_of_another_server_come_by_usbip(tmp_path: Path, runtime_dir: Pa
         with running_lab(tmp_path / "home", runtime_dir, "--usbip", f"127.0.0.1:{emulator.address[1]}") as lab:
             lab.driver()
             bus = f"usbip:127.0.0.1:{emulator.address[1]}"
-            until = time.monotonic() + 15
+            until = time.monotonic() + PATIENCE
             while not any(row["state"] == "bound" for row in lab.devices()):
                 assert time.monotonic() < until, lab.devices()
             assert [(row["bus"], row["state"]) for row in lab.devices()] == [(bus, "bound"), (bus, "no_driver")]
             assert read(lab.dev / "probe0/celsius") == " -3.00"
             assert "is not an emulated device" in lab.daemon.udf.refused("unplug", "probe0")
             emulator.unplug(plugged)
-            until = time.monotonic() + 15
+            until = time.monotonic() + PATIENCE
             while len(lab.devices()) != 1:
                 assert time.monotonic() < until, lab.devices()
             assert not mounts_below(lab.dev)
@@ -469,7 +469,7 @@ def test_the_interfaces_of_a_composite_device_have_drivers_of_their_own(tmp_path
         plugged = emulator.plug(Pair())
         address = f"127.0.0.1:{emulator.address[1]}"
         with running_lab(tmp_path / "home", runtime_dir, "--usbip", address, before=install) as lab:
-            until = time.monotonic() + 15
+            until = time.monotonic() + PATIENCE
             while [row["state"] for row in lab.devices()] != ["bound"]:
                 assert time.monotonic() < until, (lab.devices(), lab.daemon.text())
             (row,) = lab.devices()
@@ -481,7 +481,7 @@ def test_the_interfaces_of_a_composite_device_have_drivers_of_their_own(tmp_path
                 os.kill(pid, signal.SIGKILL)
             assert "interface 1: two serves it as two0" in lab.daemon.udf.done("why", "1209:0002")
             emulator.unplug(plugged)
-            until = time.monotonic() + 15
+            until = time.monotonic() + PATIENCE
             while lab.devices():
                 assert time.monotonic() < until, lab.devices()
 
@@ -504,6 +504,7 @@ class Hostile(Device):
         return self.said if index == 0 else None
 
 
+@pytest.mark.timeout(400)
 def test_hostile_descriptors_hurt_nobody_else(tmp_path: Path, runtime_dir: Path) -> None:
     def install(lab: Lab) -> None:
         lab.driver()
@@ -517,14 +518,14 @@ def test_hostile_descriptors_hurt_nobody_else(tmp_path: Path, runtime_dir: Path)
             lab.plug(*MODEL, "--name", "good")
             for seed in range(40):
                 emulator.plug(Hostile(seed))
-            until = time.monotonic() + 60
+            until = time.monotonic() + 240
             while len(rows := lab.devices()) != 41 or any(row["state"] in ("starting", "ending") for row in rows):
                 assert time.monotonic() < until, [(row["state"], row["text"]) for row in rows]
                 assert read(lab.dev / "probe0/celsius") == " 21.50"
             assert "our own mistake" not in lab.daemon.text()
             assert lab.device("good")["state"] == "bound"
             emulator.stop()
-            until = time.monotonic() + 30
+            until = time.monotonic() + PATIENCE
             while len(lab.devices()) != 1:
                 assert time.monotonic() < until, lab.devices()
 

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from udf import doctor
 from udf.fuse.flags import Init
 
-from .conftest import Command
+from .conftest import Command, elsewhere
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mount namespaces need root")
 
@@ -63,7 +63,7 @@ def _mounts() -> list[str]:
 def test_machine_without_a_usable_device_is_exit_code_1(change: str, sentence: str, udf: Command) -> None:
     command = " ".join(udf.argv("doctor", "--json"))
     result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f"{change} && exec {command}"],
+        elsewhere(f"{change} && exec {command}"),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -103,10 +103,10 @@ from udf.cli import main
 sys.exit(main(["doctor"]))
 """
     program = (
-        'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 600 /dev/fuse c 10 229 && exec $0 -c "$1"'
+        'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 600 /dev/fuse c 10 229 && exec $1 -c "$2"'
     )
     result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", program, sys.executable, code],
+        elsewhere(program, sys.executable, code),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -134,7 +134,7 @@ def test_chroot_whose_root_is_no_mount_point_is_told_so(is_mount_point: bool, ud
         root=$1 && shift 2 && exec chroot "$root" "$@"
     """
     result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", program, "sh", root, str(is_mount_point).lower(), *udf.argv("doctor", "--json")],
+        elsewhere(program, root, str(is_mount_point).lower(), *udf.argv("doctor", "--json")),
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

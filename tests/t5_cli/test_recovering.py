@@ -222,7 +222,7 @@ def test_a_spare_is_the_next_driver(
 def test_a_stopped_driver_under_load_is_replaced_in_its_deadline_and_going_on_changes_nothing(
     daemon: Daemon, mountpoint: Path, events: Events
 ) -> None:
-    daemon.udf.done("mount", "-t", "hello", "-o", "deadline=1", mountpoint)
+    daemon.udf.done("mount", "-t", "hello", "-o", "deadline=3", mountpoint)
     pid = kill_driver(daemon, signal.SIGSTOP)
     with pytest.raises(FileNotFoundError):
         os.stat(mountpoint / "unknown")
@@ -239,11 +239,11 @@ def test_a_stopped_driver_under_load_is_replaced_in_its_deadline_and_going_on_ch
 def test_a_driver_that_is_slow_is_replaced_unless_it_says_that_it_gets_on(
     daemon: Daemon, mountpoint: Path, tmp_path: Path, says_so: bool
 ) -> None:
-    slow = "for _ in range(10 if path == '/slow' else 0): await trio.sleep(0.2); " + (
+    slow = "for _ in range(10 if path == '/slow' else 0): await trio.sleep(0.5); " + (
         "still_working()" if says_so else ""
     )
     driver = write_driver(tmp_path, at_start="from udf import still_working", at_stat=slow)
-    daemon.udf.done("mount", "-t", driver, "-o", "deadline=0.7", mountpoint)
+    daemon.udf.done("mount", "-t", driver, "-o", "deadline=2.5", mountpoint)
     done = subprocess.run(["stat", mountpoint / "slow"], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     row = daemon.udf.mounts()[0]

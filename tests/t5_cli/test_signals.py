@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import select
@@ -197,7 +198,8 @@ def test_end_of_a_background_supervisor_ends_its_mount(udf: Command, mountpoint:
 
 def json_mounts(udf: Command) -> list[dict[str, object]]:
     """Also where no supervisor is left at all."""
-    return udf.mounts() if udf("status").returncode == 0 else []
+    said = udf("status", "--json")
+    return list(json.loads(said.stdout)["mounts"]) if said.returncode == 0 else []
 
 
 def test_hang_up_does_not_end_a_background_supervisor(udf: Command, mountpoint: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from tests.conftest import mounts_below
 from udf.supervisor.client import Connection
 
-from .conftest import Daemon, running_daemon
+from .conftest import PATIENCE, Daemon, running_daemon
 
 MIB = 1 << 20
 DRIVERS = Path(__file__).with_name("volume_drivers")
@@ -104,7 +104,7 @@ class Lab:
     def in_media(self) -> list[str]:
         return sorted(name for name in os.listdir(self.media) if not name.startswith("."))
 
-    def until(self, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         """Until it is true: each event of the daemon is a reason to look again."""
         until = time.monotonic() + seconds
         with Connection(self.daemon.socket) as connection:

@@ -83,9 +83,11 @@ def mount(daemon: Daemon, path: Path, *arguments: str | Path) -> Iterator[Mounte
 
 
 @pytest.fixture(scope="session")
-def examples(request: pytest.FixtureRequest) -> Path:
+def examples(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The examples in pyfuse3's source distribution of the version that is installed; kept for the next run."""
-    kept = Path(request.config.cache.mkdir(f"pyfuse3-{pyfuse3.__version__}"))
+    name = f"pyfuse3-{pyfuse3.__version__}"
+    cache = getattr(request.config, "cache", None)  # pytest may have been told to keep none
+    kept = Path(cache.mkdir(name)) if cache else tmp_path_factory.mktemp(name)
     if not (kept / "examples").is_dir():
         wanted = f"pyfuse3=={pyfuse3.__version__}"
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "pyfuse3", "-d", str(kept)]

@@ -23,7 +23,7 @@ import pytest
 
 from tests.conftest import wait_for_mounts
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 Tree = dict[str, tuple[str, object]]
 
 

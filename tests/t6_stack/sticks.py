@@ -250,7 +250,7 @@ class Desk:
 
     # ---- what is told
 
-    def until(self, what: Callable[[], bool], why: str, seconds: float = 15.0) -> None:
+    def until(self, what: Callable[[], bool], why: str, seconds: float = 40.0) -> None:
         """Wait for something that comes with an event; it is looked for after each."""
         end = time.monotonic() + seconds
         while not what():
@@ -260,7 +260,7 @@ class Desk:
             with contextlib.suppress(ControlError):  # nothing came in time
                 self._told._receive()
 
-    def until_state(self, where: Path | str, *states: str, seconds: float = 15.0) -> None:
+    def until_state(self, where: Path | str, *states: str, seconds: float = 40.0) -> None:
         """Wait until a mount is in one of these states."""
         self.until(lambda: self.state(where) in states, f"{where} is {states}", seconds)
 

@@ -88,7 +88,7 @@ class Scene:
 
     def until(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds, which may be refused until then."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 40
         while True:
             with contextlib.suppress(OSError):
                 if holds():
@@ -100,7 +100,7 @@ class Scene:
         os.kill(self.status()["driver_pid"], signal.SIGKILL)
 
     def wait_for_generation(self, number: int) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 40
         while (row := self.status())["generation"] < number or row["state"] != "ACTIVE":
             assert time.monotonic() < end, row
             time.sleep(0.01)
@@ -155,6 +155,7 @@ def test_what_was_used_before_needs_no_driver(mounting: Mounting, driver: str) -
         before = {name: scene.do("slurp", f"d/{name}") for name in scene.do("names", "d")}
         sizes = scene.do("scan", "d")
     shown = subprocess.run(["ls", "-l", f"{scene.root}/d"], check=True, capture_output=True, text=True).stdout
+    scene.do("statfs")  # what `ls` has closed is released before that is answered
     trips = scene.status()["counters"]["driver_round_trips"]
     with scene.no_driver():
         time.sleep(0.3)  # what had a time is over
@@ -163,7 +164,7 @@ def test_what_was_used_before_needs_no_driver(mounting: Mounting, driver: str) -
         assert scene.do("scan", "d") == sizes
         assert scene.do("statfs")[0] > 0
         for command in (["ls", "-l", f"{scene.root}/d"], ["df", scene.root], ["ls", "-l", os.path.dirname(scene.root)]):
-            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
             assert done.stdout == shown or command[-1] != f"{scene.root}/d"
     assert scene.status()["counters"]["driver_round_trips"] <= trips + 1, "but for the new driver's own start"
 
@@ -231,7 +232,7 @@ def test_a_database_is_whole_after_a_driver_died_in_each_transaction(mounting: M
                 scene.kill()
                 generation += 1
                 scene.wait_for_generation(generation)
-        assert writer.wait(30) == 0
+        assert writer.wait(60) == 0
     check = (
         "import sqlite3,sys; db=sqlite3.connect(sys.argv[1])\n"
         "print(*db.execute('PRAGMA integrity_check').fetchone(), *db.execute('SELECT count(*) FROM t').fetchone())"

@@ -25,7 +25,7 @@ from tests.t6_stack.sticks import KIB, Desk, Stick
 from udf.supervisor.client import Connection, ControlError
 
 STICKS = int(os.environ.get("UDF_STICKS", "5"))
-BOUND = 3.0  # seconds for a call that meets an unplug: 1, and what a busy machine needs
+BOUND = 10.0  # seconds for a call that meets an unplug: 1, and what a busy machine needs; a hang takes 30
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount with all options")
 
@@ -106,7 +106,7 @@ def test_a_driver_that_stands_still_does_not_delay_an_unplug(desk: Desk, stick: 
             desk.until(lambda: bool(desk.call("Hung")["requests"]), "somebody waits for it")
             began = time.monotonic()
             desk.unplug(stick)
-            _, error = reading.result(30)
+            _, error = reading.result(60)
             assert time.monotonic() - began < BOUND
         assert error is not None
         assert error.errno == errno.ENODEV
@@ -236,7 +236,7 @@ def test_a_stick_that_is_pulled_while_it_is_mounted_leaves_nothing(desk: Desk, s
             outcomes.append("mounted")
         except ControlError as error:
             outcomes.append(str(error))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 2 * BOUND
         with contextlib.suppress(OSError):
             (root / "big.bin").read_bytes()
         if desk.state(root) == "ACTIVE":
@@ -316,7 +316,7 @@ def test_a_daemon_that_is_ended_while_a_stick_is_away_ends(runtime_dir: Path, st
             desk.close()
             began = time.monotonic()
             assert running.stop() == 0, running.text()
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 2 * BOUND
         finally:
             os.close(held)
     stick.check(clean=False)

@@ -23,7 +23,7 @@ from udf.supervisor.client import Connection, ControlError
 FULL = bool(os.environ.get("UDF_UNPLUG_FULL"))
 SIZE = 1 << 20
 BOUND = 1.0  # seconds, from the unplug to the end of a call
-SLACK = 2.0  # of a machine that does other things too; a hang is a matter of 30 seconds
+SLACK = 9.0  # of a machine that does other things too; a hang is a matter of 30 seconds
 GONE = (errno.ENODEV, errno.ENXIO, errno.ENOENT, errno.EIO, errno.ENOTCONN)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount with all options")
@@ -63,7 +63,7 @@ class Bench:
     def away(self) -> None:
         with contextlib.suppress(ControlError):
             self._connection.call("Unplug", name="it")
-        until = time.monotonic() + 10
+        until = time.monotonic() + 40
         while self.left() and time.monotonic() < until:
             time.sleep(0.01)
         assert not self.left(), "the instance is still there"

@@ -23,7 +23,7 @@ SEED = int(os.environ.get("UDF_WEEK_SEED", "0")) or random.randrange(1 << 32)
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount with all options")
 
 
-@pytest.mark.timeout(60 + 6 * EPISODES)
+@pytest.mark.timeout(120 + 20 * EPISODES)
 def test_a_week_of_sticks_loses_nothing_that_was_promised(runtime_dir: Path, tmp_path: Path) -> None:
     print(f"UDF_WEEK_SEED={SEED} UDF_WEEK_EPISODES={EPISODES}")
     rng = random.Random(SEED)

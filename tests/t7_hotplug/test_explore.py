@@ -181,7 +181,7 @@ def test_a_driver_that_waits_in_a_lock_for_ever_is_left_behind_and_its_place_is_
 
     before = time.monotonic()
     report = explore(stuck, only="unplug@2", bound=0.2)
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 60
     (finding,) = report.findings
     assert finding.check == "hang"
     assert "never.wait()" in finding.stack

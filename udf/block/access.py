@@ -103,6 +103,14 @@ class Access:
             raise ContractError(f"read answered {len(data)} bytes when {front + size + back} were asked for")
         return memoryview(data)[front : front + size] if front or back else data
 
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        """The same into a buffer, by the unit itself if it can."""
+        unit = self.unit
+        if implements(unit, "read_into") and not offset % unit.block_size and not len(target) % unit.block_size:
+            await unit.read_into(offset, target)
+        else:
+            target[:] = memoryview(await self.read(offset, len(target))).cast("B")
+
     async def write(self, offset: int, data: Data) -> None:
         """Write all of them."""
         block = self.unit.block_size

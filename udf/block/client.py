@@ -29,16 +29,18 @@ from udf.block.greeting import Greeting, Offer
 from udf.block.stream import Buffer, Ended, Stream
 from udf.block.uri import connect, parse
 from udf.driver.block import Extent
+from udf.driver.window import Window
 from udf.errors import DeviceGone
 
 MAX_SMALL = 32 * 1024  # bytes of a reply that has neither data nor extents
+LANDS = 64 * 1024  # bytes from which on it is worth while not to have them sent
 MAX_STATUS = 8 * 1024 * 1024  # bytes of a block status: 2^20 extents, as the protocol says
 
 
 class _Request:
     """One request that was sent, until its last reply has come."""
 
-    __slots__ = ("command", "cookie", "done", "error", "extents", "filled", "offset", "size", "target", "task")
+    __slots__ = ("command", "cookie", "done", "error", "extents", "filled", "lands", "offset", "size", "target", "task")
 
     def __init__(self, cookie: int, command: int, offset: int, size: int, target: memoryview | None) -> None:
         self.cookie = cookie
@@ -47,6 +49,7 @@ class _Request:
         self.size = size
         self.target = target
         self.filled = 0  # bytes of the target that have come
+        self.lands = False  # the server puts it there, and says when it has
         self.extents: list[tuple[int, int]] = []
         self.error: Exception | None = None
         self.done = False
@@ -64,8 +67,9 @@ class _Payload(NamedTuple):
 class BlockClient:
     """An export, by byte ranges. Made by `open` or `on`; use it as an async context manager, or `aclose` it."""
 
-    def __init__(self, stream: Stream, offer: Offer, timeout: float | None) -> None:
+    def __init__(self, stream: Stream, offer: Offer, timeout: float | None, window: Window | None = None) -> None:
         self._stream = stream
+        self._window = window if offer.window else None
         self._timeout = timeout
         self._structured = offer.structured
         self._context = offer.context
@@ -89,13 +93,14 @@ class BlockClient:
         *,
         claim: bool = False,
         watch: bool = False,
+        window: Window | None = None,
         timeout: float | None = None,
     ) -> BlockClient:
         """Connect by a URI: nbd+unix:///EXPORT?socket=PATH or nbd://HOST[:PORT]/EXPORT. See `on`."""
         place = parse(uri)
         sock = await connect(place)
         name = place.export if export is None else export
-        return await cls.on(sock, name, claim=claim, watch=watch, timeout=timeout)
+        return await cls.on(sock, name, claim=claim, watch=watch, window=window, timeout=timeout)
 
     @classmethod
     async def on(
@@ -105,6 +110,7 @@ class BlockClient:
         *,
         claim: bool = False,
         watch: bool = False,
+        window: Window | None = None,
         timeout: float | None = None,
     ) -> BlockClient:
         """Use a connected socket, which is ours from here on.
@@ -112,18 +118,20 @@ class BlockClient:
         `claim`: be the export's only writer. PermissionError if somebody else is; a server that does not know claims
         lets everybody write (`claimed` says which). `watch`: what is read and written with that word must be the same
         when the device comes back after it was pulled out, else it stays away; other servers than our own know nothing
-        of that (`watching` says which). `timeout`: seconds for each call from here on, else TimeoutError.
+        of that (`watching` says which). `window`: what is read to a place in it is put there by our own servers, not
+        sent. `timeout`: seconds for each call from here on, else TimeoutError.
         """
         stream = Stream(sock)
         try:
             with _bounded(timeout):
-                offer = await Greeting(stream).choose(export, claim=claim, watch=watch)
+                fd = -1 if window is None else window.fd
+                offer = await Greeting(stream).choose(export, claim=claim, watch=watch, window=fd)
         except BaseException as exc:
             stream.close()
             if isinstance(exc, Ended | wire.WireError):
                 raise DeviceGone(f"no block device: {exc}") from exc
             raise
-        return cls(stream, offer, timeout)
+        return cls(stream, offer, timeout, window)
 
     @staticmethod
     async def exports(uri: str, *, timeout: float | None = None) -> dict[str, Offer]:
@@ -203,7 +211,12 @@ class BlockClient:
         """The same into a buffer, which is the client's for ever if this is cancelled."""
         if target:
             flags = wire.FLAG_WATCH if watch and self.watching else 0
-            await self._ask(wire.CMD_READ, flags, offset, len(target), target=target)
+            place = None
+            if self._window is not None and len(target) >= LANDS and not flags:
+                place = self._window.span(target)
+            if place is not None:
+                flags |= wire.FLAG_WINDOW
+            await self._ask(wire.CMD_READ, flags, offset, len(target), target=target, place=place)
 
     async def write(self, offset: int, data: Buffer, *, fua: bool = False, watch: bool = False) -> None:
         """Write at most `maximum` bytes, which must not change any more.
@@ -256,7 +269,7 @@ class BlockClient:
 
     async def _ask(
         self, command: int, flags: int, offset: int, size: int, data: Buffer | None = None,
-        target: memoryview | None = None,
+        target: memoryview | None = None, place: tuple[int, int] | None = None,
     ) -> _Request:  # fmt: skip
         if self._failure is not None:
             raise DeviceGone(self._failure)
@@ -268,6 +281,9 @@ class BlockClient:
         cookie = self._cookie
         request = self._requests[cookie] = _Request(cookie, command, offset, size, target)
         head = wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, command, cookie, offset, size)
+        if place is not None:
+            request.lands = True
+            head += wire.OFFSET.pack(place[0])
         if self._timeout is None:
             await self._exchange(request, head, data)
         else:
@@ -405,6 +421,8 @@ class BlockClient:
             self._room(request, begin, size)
             request.target[begin : begin + size] = bytes(size)
             request.filled += size
+        elif kind == wire.CHUNK_NONE and request.lands and not payload:
+            request.filled = request.size
         elif kind != wire.CHUNK_NONE or payload:
             raise wire.WireError(f"a reply of kind {kind} with {len(payload)} bytes makes no sense here")
 

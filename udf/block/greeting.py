@@ -25,6 +25,7 @@ class Offer:
     context: int | None = None  # the id of base:allocation, if the server has it
     claimed: bool = False
     watching: bool = False  # the server compares what is called metadata when its device comes back
+    window: bool = False  # the server puts what is read into our window
 
     @property
     def read_only(self) -> bool:
@@ -41,8 +42,8 @@ class Greeting:
         self._zeroes = True
         self._greeted = False
 
-    async def choose(self, export: str, *, claim: bool = False, watch: bool = False) -> Offer:
-        """Agree on all that the server can do, and enter the export."""
+    async def choose(self, export: str, *, claim: bool = False, watch: bool = False, window: int = -1) -> Offer:
+        """Agree on all that the server can do, and enter the export. `window`: a descriptor."""
         await self._greet()
         offer = Offer()
         if not self._fixed:
@@ -56,6 +57,8 @@ class Greeting:
         offer.structured = replies[-1].type == wire.REP_ACK
         if offer.structured:
             offer.context = await self._allocation(export)
+            if window >= 0 and self._stream.is_local:
+                offer.window = (await self._ask(wire.OPT_WINDOW, fd=window))[-1].type == wire.REP_ACK
         replies = await self._ask(wire.OPT_GO, wire.pack_go(export))
         last = replies[-1]
         if last.type == wire.REP_ERR_UNSUP:
@@ -91,9 +94,12 @@ class Greeting:
         self._zeroes = not flags & wire.FLAG_NO_ZEROES
         await stream.send(wire.CLIENT_FLAGS.pack(flags & (wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)))
 
-    async def _ask(self, option: int, payload: bytes = b"") -> list[wire.OptionReply]:
+    async def _ask(self, option: int, payload: bytes = b"", fd: int = -1) -> list[wire.OptionReply]:
         """Send an option and collect its replies: the last one is an ACK or an error, and nothing before it is."""
-        await self._stream.send(wire.pack_option(option, payload))
+        message = wire.pack_option(option, payload)
+        if fd >= 0:
+            message = self._stream.send_with(fd, message)
+        await self._stream.send(message)
         replies: list[wire.OptionReply] = []
         while len(replies) < wire.MAX_OPTIONS:
             head = await self._stream.exactly(wire.OPTION_REPLY.size)

@@ -12,8 +12,10 @@ from typing import Protocol
 
 from udf.block import wire
 from udf.block.access import Access, Terms
+from udf.block.landing import Descriptors
 from udf.block.stream import Ended, Stream
 from udf.errors import DeviceGone, is_fault
+from udf.window import Mapped
 
 Exports = Callable[[], Awaitable[Mapping[str, Access]]]
 
@@ -36,6 +38,7 @@ class Session:
     access: Access | None = None
     terms: Terms = field(default_factory=lambda: Terms(0, 0, wire.BlockSizes()))
     structured: bool = False
+    window: Mapped | None = None  # where the client wants what it reads
     allocation: str | None = None  # the export for which base:allocation was chosen
     claimed: set[str] = field(default_factory=set)
 
@@ -70,6 +73,8 @@ class Handshake:
     async def run(self) -> Session | None:
         """Until an export is chosen; None if the client left. WireError and Ended end the connection."""
         stream = self._stream
+        if stream.is_local:
+            stream.descriptors = Descriptors()
         await stream.send(
             wire.GREETING.pack(wire.NBD_MAGIC, wire.OPTION_MAGIC, wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES)
         )
@@ -84,6 +89,7 @@ class Handshake:
             payload = await stream.exactly(size)
             try:
                 if await self._option(option, payload):
+                    stream.drop_descriptors()
                     return self.session
             except _Abort:
                 return None
@@ -105,6 +111,10 @@ class Handshake:
             elif option == wire.OPT_STRUCTURED_REPLY:
                 wire.Reader(payload).end()
                 self.session.structured = True
+                await self._reply(option, wire.REP_ACK)
+            elif option == wire.OPT_WINDOW:
+                came = self._stream.descriptors or Descriptors()
+                self.session.window = came.window(payload, structured=self.session.structured)
                 await self._reply(option, wire.REP_ACK)
             elif option in (wire.OPT_SET_META_CONTEXT, wire.OPT_LIST_META_CONTEXT):
                 await self._contexts(option, payload)

@@ -25,6 +25,7 @@ from udf.block import wire
 from udf.block.handshake import ALLOCATION_ID, Claims, Session
 from udf.block.stream import Ended, Stream
 from udf.errors import DeviceGone, errno_of, is_fault
+from udf.window import NoWindow
 
 MAX_REQUESTS = 32  # of one connection at once
 MAX_BYTES = wire.MAX_PAYLOAD  # of one connection's requests at once; a single request may be as large
@@ -92,6 +93,7 @@ class Connection:
         assert session.access is not None
         self._access = session.access
         self._session = session
+        self._window = session.window
         self._may_write = self._may_write or session.name in session.claimed
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -150,7 +152,8 @@ class Connection:
             self._tasks += 1
             self._nursery.start_soon(self._work)
 
-    async def _next(self) -> tuple[int, int, int, int, int, bytearray | None] | None:
+    async def _next(self) -> tuple[int, int, int, int, int, bytearray | int | None] | None:
+        """Flags, command, cookie, offset, size, and what is written or the place in the window for what is read."""
         stream = self._stream
         if stream.ready < 28:
             await stream.need(28)
@@ -159,8 +162,11 @@ class Connection:
             raise wire.WireError(f"a request begins with {magic:#x}")
         if command == wire.CMD_DISC:
             return None
-        data = None
-        if command == wire.CMD_WRITE:
+        data: bytearray | int | None = None
+        if flags & wire.FLAG_WINDOW and self._window is not None and command == wire.CMD_READ:
+            await stream.need(8)
+            (data,) = wire.OFFSET.unpack(stream.take(8))
+        elif command == wire.CMD_WRITE:
             if size > wire.MAX_PAYLOAD:
                 await stream.skip(size)
             else:
@@ -169,16 +175,23 @@ class Connection:
         return flags, command, cookie, offset, size, data
 
     async def _serve(
-        self, flags: int, command: int, cookie: int, offset: int, size: int, data: bytearray | None
+        self, flags: int, command: int, cookie: int, offset: int, size: int, data: bytearray | int | None
     ) -> None:
         """Perform one request and answer it."""
         send = self._stream.send
         structured = self._session.structured
         try:
-            self._check(flags, command, offset, size)
             result: Any = b""
-            if size or command == wire.CMD_FLUSH:
-                result = await self._perform(flags, command, offset, size, data)
+            if isinstance(data, int):
+                flags &= ~wire.FLAG_WINDOW
+                self._check(flags, command, offset, size)
+                if size:
+                    await self._land(offset, size, data)
+                    size = 0
+            else:
+                self._check(flags, command, offset, size)
+                if size or command == wire.CMD_FLUSH:
+                    result = await self._perform(flags, command, offset, size, data)
         except BaseException as exc:
             error, text = self._error(command, flags, exc)
             if structured:
@@ -224,6 +237,15 @@ class Connection:
             assert self._claims is not None
             self._claims.take(self, self._session.name)
             self._may_write = True
+
+    async def _land(self, offset: int, size: int, place: int) -> None:
+        """Read to where the client wants it."""
+        assert self._window is not None
+        try:
+            target = self._window.piece(place, size)
+        except NoWindow as exc:
+            raise OSError(errno.EINVAL, str(exc)) from None
+        await self._access.read_into(offset, target)
 
     async def _perform(self, flags: int, command: int, offset: int, size: int, data: bytearray | None) -> Any:
         access = self._access

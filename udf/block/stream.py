@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable
 import trio
 from trio.lowlevel import ParkingLot
 
+from udf.block.landing import Descriptors
+
 BUFFER = 64 * 1024  # bytes asked for at once while it is not known what comes
 SOCKET_BUFFER = 4 * 1024 * 1024  # what the kernel is asked to hold; it gives what it may
 _MAX_PIECES = 256  # buffers in one sendmsg, far below IOV_MAX
@@ -48,10 +50,17 @@ class Stream:
         self._sent = 0
         self._sending = False
         self._lot = ParkingLot()
+        self.descriptors: Descriptors | None = None  # that have come; None: none are taken
+
+    @property
+    def is_local(self) -> bool:
+        """Whether descriptors can travel."""
+        return self.sock.family == socket.AF_UNIX
 
     def close(self) -> None:
         """Close the socket; who waits on it fails with Ended."""
         self._break(Ended("closed"))
+        self.drop_descriptors()
         if self.sock.fileno() >= 0:
             trio.lowlevel.notify_closing(self.sock)
             self.sock.close()
@@ -129,7 +138,8 @@ class Stream:
             if self.broken is not None:
                 raise Ended(str(self.broken))
             try:
-                count = self.sock.recv_into(target)
+                descriptors = self.descriptors
+                count = self.sock.recv_into(target) if descriptors is None else descriptors.receive(self.sock, target)
             except BlockingIOError:
                 await self._wait(trio.lowlevel.wait_readable)
                 continue
@@ -141,7 +151,22 @@ class Stream:
                 raise Ended("the other side has closed the connection")
             return count
 
+    def drop_descriptors(self) -> None:
+        """Take no descriptors any more, and close those that have come."""
+        if self.descriptors is not None:
+            self.descriptors.drop()
+            self.descriptors = None
+
     # ---- sending
+
+    def send_with(self, fd: int, message: bytes) -> bytes:
+        """Have a descriptor travel with the beginning of a message, if it goes at once; what is left of that."""
+        if self._unsent or self.broken is not None:
+            return message
+        try:
+            return message[socket.send_fds(self.sock, [message], [fd]) :]
+        except OSError:
+            return message  # what is wrong shows when it is sent
 
     async def send(self, *pieces: Buffer) -> None:
         """Send the pieces, one behind the other, and return when the kernel has them all.

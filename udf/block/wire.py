@@ -57,6 +57,9 @@ OPT_LIST_META_CONTEXT = 9
 OPT_SET_META_CONTEXT = 10
 OPT_CLAIM = 0x55444601  # ours: be the one writer of an export; u32 length and its name. Others answer ERR_UNSUP.
 OPT_WATCH = 0x55444602  # ours, without a payload: FLAG_WATCH is understood from here on. Others answer ERR_UNSUP.
+# Ours, without a payload, but with the descriptor of a window (udf/window.py), and after STRUCTURED_REPLY: FLAG_WINDOW
+# is understood from here on. Others answer ERR_UNSUP.
+OPT_WINDOW = 0x55444603
 
 REP_ACK = 1
 REP_SERVER = 2
@@ -122,6 +125,9 @@ CMD_FLAG_NO_HOLE = 1 << 1
 CMD_FLAG_DF = 1 << 2
 CMD_FLAG_REQ_ONE = 1 << 3
 CMD_FLAG_FAST_ZERO = 1 << 4
+# Ours, of READ after OPT_WINDOW: eight bytes follow the request, an offset in the window where its data belongs; the
+# reply is an empty chunk.
+FLAG_WINDOW = 1 << 14
 FLAG_WATCH = 1 << 15  # ours, of READ and WRITE after OPT_WATCH: this has to be the same when the device comes back
 
 CHUNK_DONE = 1 << 0

@@ -225,7 +225,13 @@ def events(arguments: argparse.Namespace) -> int:
             _print_events(connection.stream("Events"), arguments.json)
         return 0
     for connection in all_supervisors(arguments.socket):
-        _print_events(iter([connection.call("Events")]), arguments.json)
+        try:
+            reply = connection.call("Events")
+        except client.ControlError as error:
+            if error.name != "Disconnected" or arguments.socket:
+                raise
+            continue  # a private supervisor may end between the look and the question
+        _print_events(iter([reply]), arguments.json)
     return 0
 
 

@@ -51,6 +51,10 @@ class BlockUnit:
 
     # ---- all below is optional
 
+    async def read_into(self, offset: int, target: memoryview) -> None:
+        """The same into a buffer, all of it; for units that need no memory of their own then. `read` is there too."""
+        raise NotImplementedError("read_into")
+
     async def write(self, offset: int, data: Data) -> None:
         """Write all of `data` at `offset`."""
         raise NotImplementedError("write")

@@ -44,6 +44,7 @@ class Pump:
         self._answered = 0.0  # when something was answered at once
         self._passed = 0.0  # when trio's scheduler last ran for us
         self._poll: Callable[[float], list[tuple[int, int]]] | None = None
+        self._nursery: trio.Nursery | None = None  # of pyfuse3's workers
         self.at_once: AtOnce | None = None  # answers what libfuse need not see
 
     def install(self) -> None:
@@ -67,6 +68,15 @@ class Pump:
             from_thread=trio.from_thread,
             lowlevel=lowlevel,
         )
+
+    def answer_at_once(self, at_once: AtOnce) -> None:
+        """Before the session begins: have it look at each request first."""
+        at_once.spawn = self._spawn
+        self.at_once = at_once
+
+    def _spawn(self, handler: Callable[[], Awaitable[None]]) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(handler)
 
     async def _work(self, worker: _Worker, arguments: tuple[Any, ...]) -> None:
         try:
@@ -154,7 +164,7 @@ class _Nursery:
         self._nursery: trio.Nursery
 
     async def __aenter__(self) -> _Nursery:
-        self._nursery = await self._manager.__aenter__()
+        self._nursery = self._pump._nursery = await self._manager.__aenter__()
         return self
 
     async def __aexit__(

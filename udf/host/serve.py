@@ -23,6 +23,7 @@ import trio
 from udf import messages
 from udf.driver.fs import REQUIRED_VERBS, FsDriver, verbs_of
 from udf.driver.paths import PathOperations
+from udf.driver.window import Window
 from udf.errors import ContractError, UserError
 from udf.host import faces, libfuse_log
 from udf.host.at_once import AtOnce
@@ -31,6 +32,7 @@ from udf.host.load import instantiate, load_class
 from udf.host.progress import serve_on
 from udf.host.pulse import Pulse, Supervisor
 from udf.host.pump import Pump
+from udf.window import NoWindow
 
 FINISH_TIMEOUT = 2.0  # seconds for what a driver does at its orderly end
 
@@ -38,9 +40,10 @@ FINISH_TIMEOUT = 2.0  # seconds for what a driver does at its orderly end
 def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int], told: int) -> int:
     """Serve until the supervisor or the link ends it. Returns the exit status.
 
-    `fds` are the connection to the driver's device, if it has one, and the memfds of its state store. A spare has
-    neither them nor a link: it loads the driver's code, which must not touch the source, and makes the driver only when
-    its turn has come. `told` is a pipe that ends when the supervisor knows our process: nothing is said before that.
+    `fds` are the driver's window and the connection to its device, if it has such, and the memfds of its state store. A
+    spare has neither them nor a link: it loads the driver's code, which must not touch the source, and makes the driver
+    only when its turn has come. `told` is a pipe that ends when the supervisor knows our process: nothing is said
+    before that.
     """
     supervisor = Supervisor(control)
     _open_output()
@@ -63,7 +66,8 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
             if turn is None:
                 return 0
             link, *fds = turn
-        driver = _make(start, cls, fds)
+        window = _window(start, fds)
+        driver = _make(start, cls, fds, window)
         operations = _operations(start, driver) if face == "files" else None
     except (UserError, ContractError) as exc:
         return _fail(supervisor, exc)
@@ -73,13 +77,14 @@ def run(control: socket.socket, link: int | None, packet: bytes, fds: list[int],
     life = _Life(supervisor, driver, start)
     if operations is None:
         return life.run(faces.server(driver, face, link, supervisor.report_fault))
+    guarded = Guard(operations, supervisor.report_fault)
     read_now = getattr(operations, "read_now", None)
-    if read_now is not None:
-        pump.at_once = AtOnce(link, read_now)
+    if read_now is not None or window is not None:
+        pump.answer_at_once(AtOnce(link, read_now or _not_now, guarded.read, window))
     try:
         # An existing descriptor as mountpoint: libfuse mounts nothing and takes no mount options.
         serve_on(link)
-        pyfuse3.init(Guard(operations, supervisor.report_fault), f"/dev/fd/{link}", set())
+        pyfuse3.init(guarded, f"/dev/fd/{link}", set())
     except RuntimeError as exc:
         supervisor.send(messages.HostFailed(error=f"libfuse does not take the link: {exc}"))
         return 1
@@ -205,16 +210,34 @@ def _load_class(start: messages.Start) -> type:
     return cls
 
 
-def _make(start: messages.Start, cls: type, fds: list[int]) -> Any:
+def _window(start: messages.Start, fds: list[int]) -> Window | None:
+    """The driver's window, whose descriptor is the first one then."""
+    if not start.driver.window:
+        return None
+    if not fds:
+        raise UserError(f"{start.driver.path}: the driver was started without its window")
+    try:
+        return Window(fds.pop(0))
+    except (NoWindow, OSError) as exc:
+        raise UserError(f"{start.driver.path}: the driver's window cannot be mapped: {exc}") from exc
+
+
+def _not_now(*_: object) -> bool:
+    return False
+
+
+def _make(start: messages.Start, cls: type, fds: list[int], window: Window | None) -> Any:
     path = start.driver.path
     attributes: dict[str, Any] = {}
+    if window is not None and hasattr(cls, "window"):
+        attributes["window"] = window
     if start.read_only and hasattr(cls, "read_only"):
         attributes["read_only"] = True
     if start.device is not None:
         if not fds:
             raise UserError(f"{path}: the driver was started without the connection to its device")
         connection, *fds = fds
-        attributes = faces.open_device(connection, start.device)
+        attributes.update(faces.open_device(connection, start.device))
     return instantiate(cls, path, start.source, start.options, fds, attributes)
 
 

@@ -22,6 +22,7 @@ from udf.manifest.size import parse_size
 from udf.manifest.text import MAX_MANIFEST, manifest_block, parse, read_text, shown
 
 MAX_DEADLINE = 3600.0
+MIN_WINDOW, MAX_WINDOW = 1 << 20, 32 << 20  # the host takes it in pieces of 1 MiB
 
 OptionValue = bool | int | float | str
 
@@ -88,6 +89,7 @@ class Manifest:
     provides: str = "files"
     names: str = ""  # the instances of a device driver are called so, with a number behind
     filesystems: tuple[str, ...] = ()
+    window: int = 0  # bytes of memory that it shares with its shim, for large reads
     options: Mapping[str, Option] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -135,6 +137,8 @@ def check_manifest(table: Mapping[str, Any], path: str, name: str, *, foreign: b
         _check_command(values["command"], options if isinstance(options, dict) else {}, values, refuse)
     if foreign and values.get("durability") == "store":
         raise refuse("durability", 'is "store", which only a Python driver can have: a program has no state store')
+    if "window" in values and (foreign or values["kind"] != "fs"):
+        raise refuse("window", "is for Python drivers of kind fs")
     if values.get("durability") == "store" and isinstance(options, dict) and "store" in options:
         raise refuse("option.store", "has the name by which a driver with a state store is given it: choose another")
     _check_kind(values, name, foreign, refuse)
@@ -244,6 +248,16 @@ def _filesystems(value: Any, key: str, refuse: _Refusal) -> tuple[str, ...]:
     return names
 
 
+def _window(value: Any, key: str, refuse: _Refusal) -> int:
+    try:
+        size = parse_size(value) if isinstance(value, str) else -1
+    except ValueError:
+        size = -1
+    if not MIN_WINDOW <= size <= MAX_WINDOW:
+        raise refuse(key, f'must be a size from "{MIN_WINDOW >> 20}M" to "{MAX_WINDOW >> 20}M", not {shown(value)}')
+    return size
+
+
 def _deadline(value: Any, key: str, refuse: _Refusal) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_DEADLINE:
         raise refuse(key, f"must be a number of seconds up to {MAX_DEADLINE:.0f}, not {shown(value)}")
@@ -269,6 +283,7 @@ _KEYS: dict[str, _Check] = {
     "provides": _word(*PROVIDES),
     "names": _base_name,
     "filesystems": _filesystems,
+    "window": _window,
 }
 
 

@@ -15,12 +15,13 @@ import signal
 import sys
 import time
 
-from udf.fuse.device import open_device
+from udf.fuse.device import open_device, read_ahead
 from udf.fuse.mount import MountError, MountOptions, clean_stale, mount_by_fusermount, mount_direct, unmount
 from udf.fuse.structs import OUT_HEADER
 from udf.shim.config import Config
 from udf.shim.contract import (
     INIT_UNIQUE,
+    MAX_WRITE,
     ContractRefused,
     DriverTerms,
     driver_init,
@@ -35,6 +36,8 @@ from udf.shim.loop import REQUEST_BUFFER, Loop
 from udf.shim.notifier import Notifier
 from udf.shim.service import Service
 from udf.shim.spin import Spin
+from udf.shim.window import take_window
+from udf.window import MAX_READ, NoWindow
 
 
 class StartFailed(Exception):
@@ -111,7 +114,7 @@ def make_mount(config: Config) -> int:
         raise StartFailed(error.strerror or str(error), error.errno or errno.EIO) from None
 
 
-def agree_with_kernel(device: int, terms: DriverTerms, config: Config) -> int:
+def agree_with_kernel(device: int, terms: DriverTerms, config: Config, max_read: int) -> int:
     """Answer the kernel's INIT, which it sends right after the mount; its protocol's minor. Raises StartFailed."""
     buffer = bytearray(REQUEST_BUFFER)
     end = time.monotonic() + 10
@@ -126,7 +129,9 @@ def agree_with_kernel(device: int, terms: DriverTerms, config: Config) -> int:
         offer = parse_kernel_init(memoryview(buffer)[:size])
     except ContractRefused as refused:
         raise StartFailed(str(refused), errno.EPROTO) from None
-    reply = kernel_reply(offer, terms, exclusive=config.exclusive, acl=config.acl, locks=config.locks)
+    reply = kernel_reply(
+        *(offer, terms), exclusive=config.exclusive, acl=config.acl, locks=config.locks, max_read=max_read
+    )
     os.write(device, OUT_HEADER.pack(OUT_HEADER.size + len(reply), 0, offer.unique) + reply)
     return offer.minor
 
@@ -134,14 +139,20 @@ def agree_with_kernel(device: int, terms: DriverTerms, config: Config) -> int:
 def start(control: Control) -> Loop:
     """Do everything up to `mounted`. Raises StartFailed, SupervisorGone."""
     message, fds = control.receive(timeout=None)
-    if message.get("t") != "mount" or len(fds) != 1:
+    if message.get("t") != "mount" or not 1 <= len(fds) <= 2:
         raise StartFailed("the first message was not a mount with a link", errno.EPROTO)
     config = Config.from_message(message)
-    link = Link(fds[0])
+    try:
+        link = Link(fds[0], take_window(fds[1:]))
+    except (NoWindow, OSError) as error:
+        raise StartFailed(f"the driver's window cannot be mapped: {error}", errno.EPROTO) from None
+    max_read = MAX_WRITE if link.window is None else MAX_READ
     terms = agree_with_driver(link, config)
     device = make_mount(config)
     try:
-        kernel_minor = agree_with_kernel(device, terms, config)
+        kernel_minor = agree_with_kernel(device, terms, config, max_read)
+        if max_read > MAX_WRITE:
+            read_ahead(device, max_read)
         service = Service(config, terms, device, link, Notifier(device), ListingCache(), lambda _: None)
         service.kernel_minor = kernel_minor
         loop = Loop(service, control, Spin(config.spin))

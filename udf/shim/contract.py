@@ -152,7 +152,9 @@ def lacks(first: DriverTerms, new: DriverTerms) -> str:
     return ""
 
 
-def kernel_reply(offer: KernelOffer, terms: DriverTerms, *, exclusive: bool, acl: bool, locks: bool) -> bytes:
+def kernel_reply(
+    offer: KernelOffer, terms: DriverTerms, *, exclusive: bool, acl: bool, locks: bool, max_read: int = MAX_WRITE
+) -> bytes:
     """Return the body of the answer to the kernel's INIT: the contract of this mount for its whole life."""
     flags = _CONTRACT
     flags |= int(Init.EXPLICIT_INVAL_DATA) if exclusive else int(Init.AUTO_INVAL_DATA)
@@ -176,6 +178,6 @@ def kernel_reply(offer: KernelOffer, terms: DriverTerms, *, exclusive: bool, acl
         congestion_threshold=CONGESTION,
         max_write=terms.max_write,
         time_gran=terms.time_granularity,
-        max_pages=MAX_WRITE // PAGE,  # bounds reads too, which a small max_write must not
+        max_pages=max_read // PAGE,  # which a small max_write must not bound
     )
     return INIT_OUT.pack(*values.values())

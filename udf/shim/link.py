@@ -15,6 +15,7 @@ from time import monotonic
 
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import BATCH_FORGET_IN, FORGET_IN, FORGET_ONE, IN_HEADER, OUT_HEADER
+from udf.shim.window import Window
 
 BUFFER_SIZE = 192 * 1024  # more than the largest reply; a message that fills it was cut and is refused
 _FORGETS_AT_ONCE = 4096
@@ -32,9 +33,10 @@ class LinkClosed(Exception):
 class Link:
     """Our end of one driver generation's link."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, window: Window | None = None) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
+        self.window = window
         self.buffer = bytearray(BUFFER_SIZE)
         self.view = memoryview(self.buffer)
         self._buffers = [self.buffer]
@@ -174,3 +176,5 @@ class Link:
     def close(self) -> None:
         """Close our end."""
         os.close(self.fd)
+        if self.window is not None:
+            self.window.close()

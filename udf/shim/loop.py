@@ -25,7 +25,7 @@ from udf.shim.control import Control, SupervisorGone
 from udf.shim.elsewhere import Elsewhere
 from udf.shim.graph import Unresolved
 from udf.shim.last_sync import LastSync
-from udf.shim.link import LinkClosed
+from udf.shim.link import Link, LinkClosed
 from udf.shim.patience import check_time, give_up
 from udf.shim.requests import HANDLERS
 from udf.shim.resolve import resolve_then_again
@@ -33,6 +33,8 @@ from udf.shim.service import Service
 from udf.shim.spin import Spin
 from udf.shim.stale import first_looks
 from udf.shim.trace import Tracer
+from udf.shim.window import take_window
+from udf.window import NoWindow
 
 REQUEST_BUFFER = 128 * 1024 + 8192  # the kernel wants at least max_write + 80 and 8192
 _HEARTBEAT = 1.0
@@ -283,7 +285,7 @@ class Loop:
         elif kind == "counters":
             self.tell({"t": "counters", "id": message.get("id", 0), "counters": self.counters()})
         elif kind == "attach" and fds:
-            self._attach(fds.pop(0), message)
+            self._attach(fds, message)
         elif kind == "fail":
             self.s.recovery.fail()
         elif kind == "detach":
@@ -313,11 +315,17 @@ class Loop:
         s.recovery.detach(wait, max_stale)
         self._lose_link("the device is gone")
 
-    def _attach(self, fd: int, message: dict[str, Any]) -> None:
+    def _attach(self, fds: list[int], message: dict[str, Any]) -> None:
         if self.s.connected or self.s.recovery.greeting:
             self._lose_link("another generation is attached")
         recovery = self.s.recovery
-        recovery.attach(fd, int(message["generation"]), bool(message.get("counted", True)))
+        fd = fds.pop(0)
+        try:
+            link = Link(fd, take_window(fds))
+        except (NoWindow, OSError) as error:
+            link = Link(fd)
+            print(f"udf-shim: no window: {error}", file=sys.stderr)
+        recovery.attach(link, int(message["generation"]), bool(message.get("counted", True)))
         self.s.link.wants_writable = self.wants_writable
         self._epoll.register(self.s.link.fd, _IN)
         self._linked = True

@@ -277,11 +277,11 @@ class Recovery:
 
     # ---- a new generation
 
-    def attach(self, fd: int, generation: int, counted: bool) -> None:
-        """Begin with a new driver over the link *fd*."""
+    def attach(self, link: Link, generation: int, counted: bool) -> None:
+        """Begin with a new driver over a link."""
         s = self._s
         s.link.close()
-        s.link = Link(fd)
+        s.link = link
         self.generation = generation
         self._counted = counted and not self.away.is_away  # an unplug is nobody's making
         self.greeting = True

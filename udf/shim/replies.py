@@ -34,9 +34,11 @@ from udf.shim.remembered import REMEMBERED
 from udf.shim.requests import negative
 from udf.shim.service import Service
 from udf.shim.stale import answer_stale, removed_directory
+from udf.window import IN_WINDOW, NoWindow
 
 if TYPE_CHECKING:
     from udf.shim.link import Link
+    from udf.shim.window import Window
 
 OUT = OUT_HEADER.size
 BODY = IN_HEADER.size
@@ -85,6 +87,9 @@ def on_message(s: Service, link: Link, size: int) -> None:
         return
     if link.mixed and link.incomplete:
         _broken(s, link)
+    if error == IN_WINDOW and length == size and link.window is not None:
+        _in_window(s, link, link.window, unique, size)
+        return
     if unique >= OWN_UNIQUE:
         _own(s, link, unique, error, size, whole=length == size and (not error or size == OUT))
         return
@@ -100,6 +105,33 @@ def on_message(s: Service, link: Link, size: int) -> None:
             s.answer_error(unique, errno.EIO)
         return
     _finish(s, link, pending, unique, error, size)
+
+
+def _in_window(s: Service, link: Link, window: Window, unique: int, size: int) -> None:
+    """An answer that points at where it is. It is dealt with when we are back, whatever became of it."""
+    pending = s.waiting.pop(unique, None)
+    is_own, task = unique in s.asks, s.asks.pop(unique, None)
+    op = pending.op if pending is not None else task.op if task is not None else 0
+    if pending is not None:
+        s.interrupted.pop(unique, None)
+    parts: list[memoryview] = []
+    try:
+        parts = window.parts(link.view[OUT:size])
+        if pending is None and not is_own:
+            _unexpected(s, link, unique, 0, OUT)
+        elif op != Opcode.READ:
+            raise BadReply("an answer in the window that is no read's")
+        elif pending is not None:
+            CHECKS[op](s, pending, OUT + sum(map(len, parts)))
+            s.pass_on_parts(unique, parts)
+    except (BadReply, NoWindow) as bad:
+        s.fault(op, type(bad).__name__, str(bad))
+        parts = []
+        if pending is not None:
+            s.answer_error(unique, errno.EIO)
+    if task is not None:
+        s.resume(task, (0, b"".join(parts)) if parts else (errno.EIO, b""))
+    window.dealt_with()
 
 
 def complete(s: Service, unique: int, pending: Pending, body: bytes) -> None:

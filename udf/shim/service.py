@@ -140,6 +140,18 @@ class Service:
             if failure.errno not in (errno.ENOENT, errno.ENODEV):
                 self._broken_reply(bytes(message[:OUT]), failure)
 
+    def pass_on_parts(self, unique: int, parts: list[memoryview]) -> None:
+        """Answer a READ with bytes that lie in several places."""
+        size = sum(map(len, parts))
+        if self.tracer is not None:
+            self.tracer.answered(unique, 0, size, "driver")
+        header = _pack_out(OUT + size, 0, unique)
+        try:
+            os.writev(self.device, (header, *parts))
+        except OSError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                self._broken_reply(header, failure)
+
     def _broken_reply(self, header: bytes, failure: OSError) -> None:
         """The kernel refused a reply: the request must be answered all the same."""
         unique = OUT_HEADER.unpack_from(header)[2]

@@ -124,7 +124,7 @@ class BlockEndpoint(Endpoint):
 
     # ---- life
 
-    async def _open(self, ready: messages.Ready, link: int) -> None:
+    async def _open(self, ready: messages.Ready, link: list[int]) -> None:
         self.shim.note("waiting for the driver's units")
         try:
             listener = _listen(self.plan.socket, self.plan.owner.uid)
@@ -132,7 +132,7 @@ class BlockEndpoint(Endpoint):
             self._front.failed = f"cannot listen on {self.plan.socket}: {exc.strerror or exc}"
             return
         with listener:
-            await self._front.process.send(self.plan.serve_message(), [listener.fileno(), link])
+            await self._front.process.send(self.plan.serve_message(), [listener.fileno(), *link])
 
     def _problem_of_front(self) -> tuple[str, Reason]:
         return self._front.problem()

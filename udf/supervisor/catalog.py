@@ -174,6 +174,7 @@ def from_manifest(found: Manifest) -> Driver:
             command=found.command,
             kind=found.kind,
             provides=found.provides,
+            window=found.window,
         ),
         source_kind=found.source,
         capabilities=found.capabilities,

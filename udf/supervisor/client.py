@@ -195,5 +195,9 @@ def supervisors(path: str | os.PathLike[str] | None = None) -> Iterator[Connecti
             connection = Connection(private)
         except NoSupervisorError:
             continue  # it has ended since we looked
+        except ControlError as error:
+            if error.name != "Disconnected":
+                raise
+            continue  # it has ended since it took our connection
         with connection:
             yield connection

@@ -148,7 +148,7 @@ class Endpoint(ABC):
             first = recovery.start_first(nursery, self._reaper)
             if not self._is_let:
                 await self._bell.until(lambda: self._is_let or recovery.is_unplugged)
-            await recovery.serve(first, driver_end.fileno())
+            await recovery.serve(first, driver_end.descriptors)
             driver_end.close()  # the driver's end is the driver's alone, so that its death is seen on the other one
             self.driver.note("waiting for ready")
             await self._bell.until(
@@ -158,14 +158,14 @@ class Endpoint(ABC):
                 return await self._could_not_start(first)
             self.driver.note("serving")
             self._is_open = True
-            await self._open(first.ready, our_end.fileno())
+            await self._open(first.ready, our_end.descriptors)
         await self._bell.until(lambda: front.is_up or front.has_trouble or first.cannot_start or recovery.is_unplugged)
         if front.is_up and not front.has_trouble:
             return None
         return await self._could_not_start(first)
 
     @abstractmethod
-    async def _open(self, ready: messages.Ready, link: int) -> None:
+    async def _open(self, ready: messages.Ready, link: list[int]) -> None:
         """The driver is ready: have the front serve with it."""
 
     async def _start_dependants(self, nursery: trio.Nursery) -> None:

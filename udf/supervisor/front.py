@@ -8,6 +8,7 @@ are in shim.py and terminal.py.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -17,14 +18,30 @@ from udf import messages
 from udf.supervisor.instance import Reason
 
 
-class LinkEnd(Protocol):
-    """One end of a link: closed by `close`, which may be called twice."""
+class _End(Protocol):
+    def fileno(self) -> int: ...
 
-    def fileno(self) -> int:
-        """The descriptor."""
+    def close(self) -> None: ...
+
+
+class LinkEnd:
+    """One end of a link, with the window that belongs to the link if there is one."""
+
+    def __init__(self, end: _End, window: int = -1) -> None:
+        self._end = end
+        self._window = window
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The link, then the window."""
+        return [self._end.fileno(), *([self._window] if self._window >= 0 else [])]
 
     def close(self) -> None:
-        """Close it."""
+        """Close it; it may be closed twice."""
+        self._end.close()
+        if self._window >= 0:
+            os.close(self._window)
+            self._window = -1
 
 
 class Front(ABC):
@@ -63,7 +80,7 @@ class Front(ABC):
         """A link for one generation: the front's end, the driver's end."""
 
     @abstractmethod
-    async def attach(self, generation: int, *, counted: bool, link: int) -> None:
+    async def attach(self, generation: int, *, counted: bool, link: list[int]) -> None:
         """Offer a new generation; `answer` will be set, or its link is lost without one."""
 
     @abstractmethod

@@ -67,7 +67,7 @@ class Mount(Endpoint):
 
     def _make_front(self) -> MountShim:
         self.shim = Instance(self.plan.name, "shim", self._events)
-        return MountShim(self.shim, self._bell, self.plan.shim_as)
+        return MountShim(self.shim, self._bell, self.plan.shim_as, self.plan.driver.window)
 
     @property
     def is_lazy(self) -> bool:
@@ -76,9 +76,9 @@ class Mount(Endpoint):
 
     # ---- life
 
-    async def _open(self, ready: messages.Ready, link: int) -> None:
+    async def _open(self, ready: messages.Ready, link: list[int]) -> None:
         self.shim.note("waiting for the driver's first answer, then mounting")
-        await self._front.process.send(self.plan.mount_message(ready), [link])
+        await self._front.process.send(self.plan.mount_message(ready), link)
 
     def _problem_of_front(self) -> tuple[str, Reason]:
         text, reason = self._front.problem()

@@ -27,6 +27,7 @@ from udf.supervisor.volumes import Volumes
 
 MAX_DESCRIPTORS = 65536  # a mount needs about ten of ours
 REAP_GRACE = 1.0
+LAST_ANSWERS = 1.0  # seconds for calls that are under way at the end
 
 log = logging.getLogger("udf.service")
 
@@ -83,9 +84,12 @@ async def running(
             if automount is not None:
                 await nursery.start(automount.run)
             control = Control(registry, nursery, devices=devices, volumes=volumes, private=private)
-            nursery.start_soon(control.server().serve, sock)
+            server = control.server()
+            nursery.start_soon(server.serve, sock)
             with registry.events.subscribed(volumes.on_event):
                 yield frame
+            with trio.move_on_after(LAST_ANSWERS):
+                await server.quiet()  # who has unmounted the last mount is told so
             nursery.cancel_scope.cancel()
         reaper.cancel_scope.deadline = trio.current_time() + REAP_GRACE  # a process in D state is left to init
 

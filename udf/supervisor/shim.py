@@ -25,6 +25,7 @@ from udf.supervisor.front import Front, LinkEnd
 from udf.supervisor.instance import Instance, Reason
 from udf.supervisor.output import printable, sentence
 from udf.supervisor.process import Process
+from udf.window import create_window
 
 ANSWER_TIMEOUT = 1.0  # a shim that is busy for longer is reported without its figures
 SILENCE = 30  # heartbeats; more patient than with a driver: with the shim the endpoint goes
@@ -125,12 +126,13 @@ class Shim(Front):
 
     def link(self) -> tuple[LinkEnd, LinkEnd]:
         """A link for one generation: the shim's end, the driver's end."""
-        return spawn.link_pair()
+        ours, theirs = spawn.link_pair()
+        return LinkEnd(ours), LinkEnd(theirs)
 
-    async def attach(self, generation: int, *, counted: bool, link: int) -> None:
+    async def attach(self, generation: int, *, counted: bool, link: list[int]) -> None:
         """Offer a new generation; `answer` will be set, or its link is lost without one."""
         self.linked, self.lost, self.answer = True, None, None
-        await self.process.send(messages.Attach(generation=generation, counted=counted), [link])
+        await self.process.send(messages.Attach(generation=generation, counted=counted), link)
 
     async def fail(self, text: str) -> None:
         """There is no new generation for now."""
@@ -235,13 +237,23 @@ class Shim(Front):
 class MountShim(Shim):
     """The shim of a mount."""
 
-    def __init__(self, instance: Instance, bell: Bell, run_as: spawn.Identity | None) -> None:
+    def __init__(self, instance: Instance, bell: Bell, run_as: spawn.Identity | None, window: int = 0) -> None:
+        """`window`: bytes of memory that each generation of the driver shares with the shim; 0: none."""
         super().__init__(instance, bell)
         self._run_as = run_as
+        self._window = window
         self._device = -1  # a duplicate of the shim's /dev/fuse: a restarted shim will continue with it
 
     def _spawn(self, control: socket.socket, output: int) -> Child:
         return spawn.start_shim(self.instance.name, control, output, self._run_as)
+
+    def link(self) -> tuple[LinkEnd, LinkEnd]:
+        """A link for one generation, and its window."""
+        if not self._window:
+            return super().link()
+        window = create_window(self.instance.name, self._window)
+        ours, theirs = spawn.link_pair()
+        return LinkEnd(ours, window), LinkEnd(theirs, os.dup(window))
 
     async def trace(self, write_end: int | None) -> bool:
         """Switch tracing to this descriptor, or off; whether the shim was told."""

@@ -87,7 +87,7 @@ class Succession:
         self._show(self._serving)
         return self._serving
 
-    async def serve(self, generation: Generation, link: int) -> None:
+    async def serve(self, generation: Generation, link: list[int]) -> None:
         """Give it all that it needs, with a connection of its own to the device, and tell it to serve."""
         device: list[int] = []
         tenancy = self.absence.tenancy
@@ -101,7 +101,7 @@ class Succession:
                 text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
                 generation.condemn(Kind.REFUSED, f"the device cannot be opened: {sentence(text)}")
                 return
-        await generation.serve(link, *device, *self._hosts.store)
+        await generation.serve(*link, *device, *self._hosts.store)
 
     def first_serves(self) -> None:
         """The endpoint can be used."""
@@ -225,7 +225,7 @@ class Succession:
         self._driver.note("waiting for ready")
         our_end, driver_end = self._front.link()
         with closing(our_end), closing(driver_end):
-            await self.serve(generation, driver_end.fileno())
+            await self.serve(generation, driver_end.descriptors)
             driver_end.close()
             if not await self._bell.within(
                 self._plan.start_timeout,
@@ -239,7 +239,7 @@ class Succession:
             self.generation += 1
             generation.number = self.generation
             self._driver.note("waiting for its front to take it")
-            await self._front.attach(self.generation, counted=self._counted, link=our_end.fileno())
+            await self._front.attach(self.generation, counted=self._counted, link=our_end.descriptors)
         return await self._answer_of_front(generation)
 
     async def _answer_of_front(self, generation: Generation) -> messages.Attached | None:

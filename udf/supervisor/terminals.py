@@ -92,11 +92,11 @@ class Terminal(Front):
             self._make()  # the last one was hung up, because there was no driver
         if self._master < 0:
             null = open(os.devnull, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
-            return null, null
+            return LinkEnd(null), LinkEnd(null)
         first, second = (open(os.dup(self._master), "r+b", buffering=0) for _ in range(2))  # noqa: SIM115
-        return first, second
+        return LinkEnd(first), LinkEnd(second)
 
-    async def attach(self, generation: int, *, counted: bool, link: int) -> None:
+    async def attach(self, generation: int, *, counted: bool, link: list[int]) -> None:
         """It has had the master from its start, so it serves."""
         if not self._up:
             self.open()
@@ -144,7 +144,7 @@ class TerminalEndpoint(Endpoint):
     def _make_front(self) -> Terminal:
         return Terminal(self.plan, self._bell)
 
-    async def _open(self, ready: messages.Ready, link: int) -> None:
+    async def _open(self, ready: messages.Ready, link: list[int]) -> None:
         self._front.open()
 
     def _problem_of_front(self) -> tuple[str, Reason]:

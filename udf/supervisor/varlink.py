@@ -140,6 +140,8 @@ class Server:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._connections: Counter[int] = Counter()
+        self._calls = 0  # under way whose one answer somebody waits for
+        self._none = trio.lowlevel.ParkingLot()
         self._methods: dict[str, Method] = {
             **service.methods,
             f"{SERVICE}.GetInfo": self._get_info,
@@ -151,6 +153,11 @@ class Server:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         async with trio.open_nursery() as nursery:
             await trio.serve_listeners(self._handle, [listener], handler_nursery=nursery)
+
+    async def quiet(self) -> None:
+        """Until each call that is under way has been answered; streams do not count."""
+        while self._calls:
+            await self._none.park()
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -188,6 +195,8 @@ class Server:
             call = _call_decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return False  # not Varlink: there is no reply to something that is no call
+        counts = not call.more and not call.oneway
+        self._calls += counts
         try:
             with connection.running(abandoned=call.more or call.method in self._service.abandoned) as scope:
                 reply = await self._reply(connection, call)
@@ -197,6 +206,10 @@ class Server:
                 await connection.send(reply)
         except ClientGoneError:
             return False
+        finally:
+            self._calls -= counts
+            if not self._calls:
+                self._none.unpark_all()
         return True
 
     async def _reply(self, connection: _Connection, call: _Call) -> dict[str, object]:

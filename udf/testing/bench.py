@@ -11,9 +11,8 @@ there (matrix.py does). Called by: matrix.py.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 
 import trio
 
@@ -23,6 +22,7 @@ from udf.errors import UserError
 from udf.fuse.mount import MountError, clean_stale
 from udf.supervisor import spawn
 from udf.supervisor.bell import Bell
+from udf.supervisor.front import LinkEnd
 from udf.supervisor.generation import Generation
 from udf.supervisor.instance import EventLog, Instance
 from udf.supervisor.plan import MountPlan
@@ -32,6 +32,7 @@ from udf.testing.program import Program
 from udf.testing.relay import Relay
 from udf.testing.steps import Record, Target
 from udf.testing.watch import BenchFailedError, Watch
+from udf.window import create_window
 
 _MOST_DEATHS = 3  # of the driver's own making, one after the other: then the mount is given up
 _END = 5.0  # seconds for the shim to end
@@ -49,7 +50,7 @@ class Bench:
         self._nursery = nursery
         self._reaper = reaper
         self._bell = Bell()
-        self._shim = MountShim(Instance(plan.name, "shim", EventLog()), self._bell, plan.shim_as)
+        self._shim = MountShim(Instance(plan.name, "shim", EventLog()), self._bell, plan.shim_as, plan.driver.window)
         self._store = create_memfds(plan.name) if plan.durability == "store" else []
         self._serving: Generation | None = None
         self._next: Generation | None = None
@@ -139,12 +140,12 @@ class Bench:
         first = self._serving = self._new()
         shim.start(self._nursery, self._reaper)
         shim_end = await self._connect(first)
-        with shim_end:
+        with closing(shim_end):
             with trio.move_on_after(self.plan.start_timeout):
                 await self._bell.until(lambda: first.ready is not None or first.cannot_start or shim.has_trouble)
             if first.ready is None:
                 raise UserError(first.cause()[1])
-            await shim.process.send(self.plan.mount_message(first.ready), [shim_end.fileno()])
+            await shim.process.send(self.plan.mount_message(first.ready), shim_end.descriptors)
         with trio.move_on_after(self.plan.start_timeout):
             await self._bell.until(lambda: shim.is_up or shim.has_trouble or first.cannot_start)
         if not shim.is_up:
@@ -163,16 +164,20 @@ class Bench:
         self._next = self._new()
         await self._next.prepare()
 
-    async def _connect(self, generation: Generation) -> socket.socket:
+    async def _connect(self, generation: Generation) -> LinkEnd:
         """Have it serve over a link through the relay; the shim's end of that."""
         shim_end, relay_shim = spawn.link_pair()
         relay_driver, driver_end = spawn.link_pair()
+        ends = LinkEnd(shim_end), LinkEnd(driver_end)
+        if self.plan.driver.window:
+            window = create_window(self.plan.name, self.plan.driver.window)
+            ends = LinkEnd(shim_end, window), LinkEnd(driver_end, os.dup(window))
         self._watch.waiting.clear()
-        with driver_end:
+        with closing(ends[1]):
             self._watch.link = os.fstat(driver_end.fileno()).st_ino
-            await generation.serve(driver_end.fileno(), *self._store)
+            await generation.serve(*ends[1].descriptors, *self._store)
         self._nursery.start_soon(Relay(relay_shim, relay_driver, self._watch).run)
-        return shim_end
+        return ends[0]
 
     def _is_well(self) -> bool:
         return self._serving is not None and not self._serving.is_lost and self._shim.linked
@@ -217,7 +222,7 @@ class Bench:
         shim, new = self._shim, self._next or self._new()
         self._next = None
         shim_end = await self._connect(new)
-        with shim_end:
+        with closing(shim_end):
             limit = self.plan.start_timeout
             if not await self._bell.within(limit, lambda: new.ready is not None or new.cannot_start):
                 raise BenchFailedError(f"the next driver was not ready within {limit:g} s")
@@ -225,7 +230,7 @@ class Bench:
                 raise BenchFailedError(f"the next generation cannot serve: {new.cause()[1]}")
             self._number += 1
             counted, self._watch.killed = not self._watch.killed, False
-            await shim.attach(self._number, counted=counted, link=shim_end.fileno())
+            await shim.attach(self._number, counted=counted, link=shim_end.descriptors)
         await self._bell.within(limit, lambda: shim.answer is not None or not shim.linked or new.is_lost)
         if isinstance(shim.answer, messages.Refused):
             raise BenchFailedError(f"the mount cannot go on with the next driver: {shim.answer.error}")

@@ -17,9 +17,11 @@ from udf.block.shim.exports import Region
 from udf.block.shim.options import CONTEXT_ID, Handshake
 from udf.block.shim.request import WITH_DATA, WRITING, Request
 from udf.block.shim.streams import EAGER, Ended, Inbox, Outbox
+from udf.window import NoWindow
 
 if TYPE_CHECKING:
     from udf.block.shim.service import Service
+    from udf.window import Mapped
 
 INBOX = 16 * 1024
 CLIENT_LIMIT = 16 << 20  # bytes of one client that are under way before no more is read of it
@@ -38,7 +40,7 @@ _NEEDS = {
     _ZERO: wire.SEND_WRITE_ZEROES,
 }
 _FLAGS = {
-    _READ: wire.CMD_FLAG_DF,
+    _READ: wire.CMD_FLAG_DF | wire.FLAG_WINDOW,
     _WRITE: wire.CMD_FLAG_FUA,
     _FLUSH: 0,
     wire.CMD_TRIM: wire.CMD_FLAG_FUA,
@@ -46,7 +48,7 @@ _FLAGS = {
     _ZERO: wire.CMD_FLAG_FUA | wire.CMD_FLAG_NO_HOLE | wire.CMD_FLAG_FAST_ZERO,
     _STATUS: wire.CMD_FLAG_REQ_ONE,
 }
-_OURS = wire.CMD_FLAG_DF | wire.FLAG_WATCH  # what the driver is not asked for
+_OURS = wire.CMD_FLAG_DF | wire.FLAG_WATCH | wire.FLAG_WINDOW  # what the driver is not asked for
 
 
 class Client:
@@ -64,6 +66,7 @@ class Client:
         self.structured = False
         self.context = False
         self.watching = False
+        self.window: Mapped | None = None  # where it wants what it reads, if it says so
         self.closed = False
         self.mute = False  # it has closed its end after its goodbye: nobody takes replies any more
         self.leaving = False  # it has said goodbye: what is under way is finished, nothing more is read
@@ -108,6 +111,8 @@ class Client:
             self.structured = self._handshake.structured
             self.context = self._handshake.has_context
             self.watching = self._handshake.watching
+            self.window = self._handshake.window
+            self.inbox.drop_descriptors()
             self.lost_seen = region.unit.lost
             self.unsafe_seen = region.unit.unsafe
             self._handshake = None
@@ -140,7 +145,15 @@ class Client:
         if op == _DISC:
             self.leaving = True
             return False
+        lands = flags & wire.FLAG_WINDOW and op == _READ and self.window is not None
+        size = 36 if lands else 28
+        if inbox.end - inbox.start < size:
+            return False
         error = self._refusal(op, flags, offset, length, region)
+        target = None
+        if lands and not error:
+            target = self._target(wire.OFFSET.unpack_from(inbox.buffer, inbox.start + 28)[0], length)
+            error = 0 if target is not None else wire.EINVAL
         if not error and op in WRITING and not self.service.claims.holds(self, region):
             if self.must_wait_for(region):
                 return False
@@ -150,12 +163,13 @@ class Client:
         if not self._has_room(charge):
             self.paused = "memory"
             return False
-        inbox.start += 28
+        inbox.start += size
         service = self.service
         service.counters.requests += 1
         now = monotonic()
         request = Request(region.unit, op, flags & ~_OURS, region.offset + offset, length, now)
         request.watch = bool(flags & wire.FLAG_WATCH) and not error
+        request.target = target
         request.client, request.region, request.cookie, request.charge = self, region, cookie, charge
         self.charged += charge
         self.requests += 1
@@ -176,6 +190,13 @@ class Client:
         service.submit(request)
         return True
 
+    def _target(self, place: int, length: int) -> memoryview | None:
+        assert self.window is not None
+        try:
+            return self.window.piece(place, length)
+        except NoWindow:
+            return None
+
     def _refusal(self, op: int, flags: int, offset: int, length: int, region: Region) -> int:
         """Check a request; 0 or the error for it. Raises WireError where the stream could not be followed any more."""
         if op == _WRITE and length > wire.MAX_PAYLOAD:
@@ -191,6 +212,8 @@ class Client:
             return wire.EINVAL
         if flags & wire.FLAG_WATCH and self.watching and op in WITH_DATA:
             flags ^= wire.FLAG_WATCH
+        if flags & wire.FLAG_WINDOW and self.window is None:
+            return wire.EINVAL
         if flags & ~_FLAGS[op] or (flags & wire.CMD_FLAG_FUA and not can & wire.SEND_FUA):
             return wire.EINVAL
         if flags & wire.CMD_FLAG_FAST_ZERO and not can & wire.SEND_FAST_ZERO:
@@ -253,6 +276,10 @@ class Client:
         if self.structured and op in (_READ, _STATUS):
             if error:
                 out.push(wire.pack_error(cookie, error), request)
+            elif op == _READ and request.target is not None:
+                assert request.buffer is not None
+                request.target[:] = request.buffer.view[request.at : request.at + request.length]
+                out.push(wire.pack_chunk(wire.CHUNK_NONE, cookie), request)
             elif op == _READ:
                 assert request.buffer is not None
                 size = request.length
@@ -330,7 +357,7 @@ class Client:
         buffer = request.buffer
         if buffer is not None:
             request.buffer = None
-            if not request.open:  # else the driver's answer may still be on its way into it
+            if not request.open or buffer.arena is not None:  # else the driver's answer may still be on its way into it
                 self.service.pool.drop(buffer)
 
     def is_receiving(self, request: Request) -> bool:
@@ -357,6 +384,7 @@ class Client:
         if self.closed:
             return
         self.closed = True
+        self.inbox.drop_descriptors()
         self.service.hungry.pop(self, None)
         self._drop_replies()
         incoming, self._incoming = self._incoming, None

@@ -14,8 +14,10 @@ from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from udf.block import wire
+from udf.block.shim.buffers import Arena
 from udf.block.shim.request import Piece
 from udf.block.shim.streams import EAGER, Ended, Inbox, Outbox
+from udf.window import NoWindow
 
 if TYPE_CHECKING:
     from udf.block.shim.units import Unit
@@ -67,6 +69,7 @@ class DriverConnection:
         self.unit: Unit | None = None
         self.pieces: dict[int, Piece] = {}
         self.terms: Terms | None = None
+        self.arena: Arena | None = None  # where it puts what is read, if it does
         self.over = False  # its end means nothing: it has said all that was wanted
         self._steps: Steps | None = None
         self._need = 0
@@ -97,6 +100,9 @@ class DriverConnection:
     def _replies(self, option: int, payload: bytes = b"") -> Generator[int, bytes, list[tuple[int, bytes]]]:
         """Ask one option; returns the replies up to and with the one that ends it."""
         self.out.push(wire.pack_option(option, payload))
+        return (yield from self._collect(option))
+
+    def _collect(self, option: int) -> Generator[int, bytes, list[tuple[int, bytes]]]:
         replies: list[tuple[int, bytes]] = []
         while True:
             magic, answered, kind, size = wire.OPTION_REPLY.unpack((yield wire.OPTION_REPLY.size))
@@ -134,6 +140,7 @@ class DriverConnection:
                     number, context_name = wire.unpack_context(payload)
                     if context_name == wire.BASE_ALLOCATION:
                         context = number
+            yield from self._share(name)
         replies = yield from self._replies(wire.OPT_GO, wire.pack_go(name))
         if replies[-1][0] != wire.REP_ACK:
             text = replies[-1][1][:200].decode(errors="replace")
@@ -142,6 +149,24 @@ class DriverConnection:
         self._structured = structured
         self._steps = None
         opened(self)
+
+    def _share(self, name: str) -> Generator[int, bytes, None]:
+        """Have what is read put into memory that we share, if the driver's host knows how."""
+        try:
+            arena = Arena(name)
+        except (OSError, NoWindow):
+            return  # no memory: what is read is sent
+        try:
+            message = wire.pack_option(wire.OPT_WINDOW)
+            # Nothing else is on its way, so it goes at once.
+            if self.out.queued or socket.send_fds(self.sock, [message], [arena.fd]) != len(message):
+                raise Ended("a handshake does not fit into its socket")
+        except OSError as error:
+            raise Ended(str(error)) from None
+        finally:
+            arena.sent()
+        if (yield from self._collect(wire.OPT_WINDOW))[-1][0] == wire.REP_ACK:
+            self.arena = arena
 
     # ---- replies
 
@@ -282,6 +307,8 @@ class DriverConnection:
         elif kind == wire.CHUNK_NONE:
             if body or not last:
                 raise BrokenDriver("reply", "an empty chunk is not empty, or not the last one")
+            if piece.landing is not None:
+                piece.filled = piece.length
         elif kind == wire.CHUNK_OFFSET_HOLE and piece.op == _READ:
             if len(body) != wire.OFFSET_HOLE.size:
                 raise BrokenDriver("read", "a hole without an offset and a length")
@@ -330,7 +357,11 @@ class DriverConnection:
     def send(self, cookie: int, piece: Piece, flags: int, data: Sequence[memoryview] = ()) -> None:
         """Ask for one piece; it is on its way at the end of the loop's turn at the latest. Raises Ended."""
         self.pieces[cookie] = piece
-        self.out.push(wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, piece.op, cookie, piece.at, piece.length))
+        place = b""
+        if piece.landing is not None:
+            flags |= wire.FLAG_WINDOW
+            place = wire.OFFSET.pack(piece.landing.place)
+        self.out.push(wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, piece.op, cookie, piece.at, piece.length) + place)
         for part in data:
             self.out.push(part)
         if self.out.queued >= EAGER and not self.out.blocked:

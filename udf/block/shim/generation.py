@@ -92,6 +92,8 @@ class Generation:
         """Let go of a connection that is not needed."""
         if connection in self.connections:
             self.connections.remove(connection)
+            if connection.arena is not None:
+                connection.arena.end()
             self._forget(connection)
 
     def receive(self) -> bool:

@@ -11,11 +11,13 @@ import struct
 from typing import TYPE_CHECKING
 
 from udf.block import wire
+from udf.block.landing import Descriptors
 from udf.block.shim.streams import Ended, Inbox, Outbox
 
 if TYPE_CHECKING:
     from udf.block.shim.client import Client
     from udf.block.shim.exports import Region
+    from udf.window import Mapped
 
 _OURS = wire.FLAG_FIXED_NEWSTYLE | wire.FLAG_NO_ZEROES
 _PASSED_ON = wire.SEND_FLUSH | wire.SEND_FUA | wire.ROTATIONAL | wire.SEND_TRIM | wire.SEND_WRITE_ZEROES
@@ -49,6 +51,8 @@ class Handshake:
         self._context_of: str | None = None  # the export for which base:allocation was asked
         self.structured = False
         self.watching = False
+        self.window: Mapped | None = None
+        inbox.descriptors = Descriptors()
         out.push(GREETING)
 
     def parse(self) -> Region | None:
@@ -99,6 +103,10 @@ class Handshake:
                 if payload:
                     raise wire.MalformedError("it has a payload")
                 self.watching = True
+                self._reply(option, wire.REP_ACK)
+            elif option == wire.OPT_WINDOW:
+                came = self._inbox.descriptors or Descriptors()
+                self.window = came.window(payload, structured=self.structured)
                 self._reply(option, wire.REP_ACK)
             elif option in (wire.OPT_SET_META_CONTEXT, wire.OPT_LIST_META_CONTEXT):
                 self._contexts(option, payload)

@@ -66,6 +66,7 @@ class Request:
         "riders",
         "sent",
         "since",
+        "target",
         "then",
         "todo",
         "unit",
@@ -86,6 +87,7 @@ class Request:
         self.charge = 0  # bytes that are on its account
         self.buffer: Buffer | None = None  # what is written, or has been read so far
         self.at = 0  # where its data begins in the buffer
+        self.target: memoryview | None = None  # where its client wants what is read
         self.then: Callable[[Request], None] | None = None  # who is told of the answer to one of our own
         self.sent = 0.0  # when the driver was first asked, by this generation; 0.0: not yet
         self.todo = 0  # bytes of it that the driver has been asked for
@@ -119,7 +121,7 @@ class Request:
 class Piece:
     """One command to the driver."""
 
-    __slots__ = ("at", "filled", "length", "op", "request", "sent", "whole")
+    __slots__ = ("at", "filled", "landing", "length", "op", "request", "sent", "whole")
 
     def __init__(self, request: Request, op: int, at: int, length: int, sent: float) -> None:
         self.request: Request | None = request  # None: it was answered without waiting for this
@@ -128,4 +130,5 @@ class Piece:
         self.length = length
         self.sent = sent
         self.filled = 0  # bytes of a read that have come
+        self.landing: Buffer | None = None  # where the driver puts it, until it says that it has, or dies
         self.whole = False  # an answer that ends it has come, but its last chunk has not

@@ -119,7 +119,7 @@ class Service:
         request.error = request.error or error
         if request.then is not None:
             request.then(request)
-        if request.buffer is not None and not request.open:
+        if request.buffer is not None and (not request.open or request.buffer.arena is not None):
             self.pool.drop(request.buffer)
         request.buffer = None
 

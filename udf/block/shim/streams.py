@@ -10,6 +10,8 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
+from udf.block.landing import Descriptors
+
 _AT_ONCE = 64  # pieces in one sendmsg
 EAGER = 64 * 1024  # bytes that are not left for the end of the loop's turn
 
@@ -21,7 +23,7 @@ class Ended(Exception):
 class Inbox:
     """What has come. Headers are looked at in `buffer` from `start` to `end`; bodies go right to where they belong."""
 
-    __slots__ = ("_at", "_sock", "_target", "_view", "buffer", "drained", "end", "start")
+    __slots__ = ("_at", "_sock", "_target", "_view", "buffer", "descriptors", "drained", "end", "start")
 
     def __init__(self, sock: socket.socket, size: int) -> None:
         self._sock = sock
@@ -30,6 +32,7 @@ class Inbox:
         self.start = self.end = 0
         self._target: memoryview | None = None
         self._at = 0
+        self.descriptors: Descriptors | None = None  # that have come; None: none are taken
         self.drained = False  # the last call got less than it had room for: there is no more for now
 
     @property
@@ -47,7 +50,8 @@ class Inbox:
                     self.buffer[:left] = self.buffer[self.start : self.end]
                     self.start, self.end = 0, left
                 room = len(self.buffer) - self.end
-                size = self._sock.recv_into(self._view[self.end :])
+                room_left, came = self._view[self.end :], self.descriptors
+                size = self._sock.recv_into(room_left) if came is None else came.receive(self._sock, room_left)
                 self.end += size
             else:
                 # What follows the body comes with it: mostly the next header, which saves a call.
@@ -68,6 +72,12 @@ class Inbox:
             raise Ended("end of file")
         self.drained = size < room
         return True
+
+    def drop_descriptors(self) -> None:
+        """Take no descriptors any more, and close those that have come."""
+        if self.descriptors is not None:
+            self.descriptors.drop()
+            self.descriptors = None
 
     def receive(self, target: memoryview) -> bool:
         """Receive a body into *target*; whether it is there already. If not it is when `whole` is true again."""

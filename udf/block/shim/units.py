@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from udf.block import wire
 from udf.block.partitions import Table
 from udf.block.shim.away import Away
+from udf.block.shim.buffers import ARENA_PIECE
 from udf.block.shim.driver import DriverConnection, Terms
 from udf.block.shim.kept import Kept
 from udf.block.shim.request import WITH_DATA, WRITING, Piece, Request
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 WINDOW = 4 << 20  # bytes of which the driver is asked at once
 MERGED = 1 << 20  # bytes of requests, one behind the other, for which the driver is asked in one command
+LANDS = 64 << 10  # bytes of a read from which on it is worth while not to have them sent
 _HOLD = 0.2  # seconds without an answer after which what could be merged with more waits no longer for that
 MOST_PIECES = 128  # and commands
 _WITHOUT_DATA = 32 << 20  # the largest piece of a command that carries no data: a slow device must get somewhere
@@ -221,6 +223,8 @@ class Unit:
         at = request.todo
         size = min(most, request.length - at)
         piece = Piece(request, op, request.offset + at, size, now)
+        if op == _READ and LANDS <= size <= ARENA_PIECE and size == request.length:
+            self._land(connection, request, piece)
         request.todo = at + size
         request.open += 1
         data: list[memoryview] = []
@@ -236,6 +240,16 @@ class Unit:
             connection.send(service.next_cookie(), piece, request.flags, data)
         except Ended:
             pass  # the loop will see the same, and take what was answered first
+
+    def _land(self, connection: DriverConnection, request: Request, piece: Piece) -> None:
+        """Have what is read put where we see it, if there is room."""
+        buffer = None if connection.arena is None else connection.arena.take()
+        if buffer is None:
+            return
+        if request.buffer is not None:
+            self.service.pool.drop(request.buffer)
+        buffer.refs += 1  # the driver's: it may write there until it has answered
+        request.buffer = piece.landing = buffer
 
     def send_own(self, request: Request) -> None:
         """Ask for all of one of our own requests at once, whatever else waits."""
@@ -362,6 +376,8 @@ class Unit:
         if piece.op in WITH_DATA:
             self.under_way -= piece.length
         request = piece.request
+        if piece.landing is not None:
+            self.service.pool.drop(piece.landing)
         if piece in self._ghosts:
             self._ghosts.discard(piece)
             self.watched.unsure(piece.at, piece.length)
