@@ -10,8 +10,9 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import usb.core
 import usb.util
@@ -53,6 +54,10 @@ class Unit(BlockUnit):
 
     async def read_into(self, offset: int, target: memoryview) -> None:
         await self._engine.run(self._unit.read_into, self._medium, offset, target)
+
+    def read_soon(self, offset: int, target: memoryview, done: Callable[[Exception | None], None]) -> bool:
+        self._engine.begin(done, partial(self._unit.read_into, self._medium, offset, target))
+        return True
 
     async def write(self, offset: int, data: Data) -> None:
         await self._engine.run(self._unit.write, self._medium, offset, data)

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import outcome
@@ -22,7 +23,9 @@ log = logging.getLogger("usb_storage")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_Job = tuple[list[Callable[[], Any]], trio.lowlevel.Task]  # whoever takes the function out of the list has the job
+_Outcome = outcome.Value[Any] | outcome.Error
+# Whoever takes the function out of the list has the job; what has come of it is told in the loop.
+_Job = tuple[list[Callable[[], Any]], Callable[[_Outcome], object]]
 
 
 class Engine:
@@ -46,9 +49,20 @@ class Engine:
         def abort(_: Any) -> trio.lowlevel.Abort:
             return trio.lowlevel.Abort.SUCCEEDED if _take(function) else trio.lowlevel.Abort.FAILED
 
-        self._jobs.put((function, trio.lowlevel.current_task()))
+        self._jobs.put((function, partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())))
         result: T = await trio.lowlevel.wait_task_rescheduled(abort)
         return result
+
+    def begin(self, done: Callable[[Exception | None], None], job: Callable[[], object]) -> None:
+        """The same without a task: `done` is called in the loop."""
+
+        def tell(result: _Outcome) -> None:
+            error = result.error if isinstance(result, outcome.Error) else None
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            done(error)
+
+        self._jobs.put(([job], tell))
 
     def tell(self, function: Callable[[], object]) -> None:
         """Called in the thread: run this in the loop soon."""
@@ -71,12 +85,12 @@ class Engine:
                 continue
             if job is None:
                 return
-            holder, task = job
+            holder, deliver = job
             function = _take(holder)
             if function is None:
                 continue  # cancelled
             result = outcome.capture(function)
-            self.tell(lambda task=task, result=result: trio.lowlevel.reschedule(task, result))  # type: ignore[misc]
+            self.tell(partial(deliver, result))
             if self._jobs.empty():
                 pause = self._rest()
 

@@ -8,7 +8,7 @@
 # exclusive = true
 # durability = "store"
 # inodes = "volatile"
-# window = "8M"
+# window = "16M"
 #
 # [option.uid]
 # type = "int"

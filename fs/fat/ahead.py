@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .volume import Volume
 
 _FIRST = 256 * 1024  # bytes of the first piece; each further one is twice as long, up to
-LARGEST = 1024 * 1024
+LARGEST = 2 * 1024 * 1024
 _PIECES = 2  # of one file that are under way or untouched
 _SLACK = 1024 * 1024  # the kernel asks for many pieces at once, and the later ones may come first
 TOTAL = 16 * 1024 * 1024  # of all files

@@ -13,7 +13,7 @@ import trio
 from tests.t3_block.lab import MIB, Client, Driver, NbdError, Shim, serving
 from udf import BlockClient
 from udf.block import wire
-from udf.driver.window import Window
+from udf.driver.window import PIECE, Window
 from udf.window import HEAD, STAGE, Mapped, create_window
 
 DATA = random.Random(5).randbytes(8 * MIB)
@@ -153,7 +153,7 @@ def test_a_request_that_is_given_up_does_not_cost_its_room(runtime_dir: Path, me
 
 
 def test_a_block_client_reads_into_its_window(shim: Shim) -> None:
-    window = Window(create_window("test", 4 * MIB))
+    window = Window(create_window("test", 4 * PIECE))
 
     async def read() -> None:
         async with await BlockClient.open(shim.uri(), window=window) as client:
@@ -163,8 +163,8 @@ def test_a_block_client_reads_into_its_window(shim: Shim) -> None:
                     piece = window.take()
                     assert piece is not None
                     pieces.append(piece)
-                    nursery.start_soon(client.read_into, number * MIB, piece)
-            assert b"".join(pieces) == DATA[: 4 * MIB]
+                    nursery.start_soon(client.read_into, number * PIECE, piece)
+            assert b"".join(pieces) == DATA[: 4 * PIECE]
             elsewhere = bytearray(MIB)
             await client.read_into(4 * MIB, memoryview(elsewhere))
             assert elsewhere == DATA[4 * MIB : 5 * MIB]

@@ -111,6 +111,12 @@ class Access:
         else:
             target[:] = memoryview(await self.read(offset, len(target))).cast("B")
 
+    def read_soon(self, offset: int, target: memoryview, done: Callable[[Exception | None], None]) -> bool:
+        """The same without a task: whether it has begun, and `done` will be called."""
+        unit = self.unit
+        block = unit.block_size
+        return not offset % block and not len(target) % block and unit.read_soon(offset, target, done) is True
+
     async def write(self, offset: int, data: Data) -> None:
         """Write all of them."""
         block = self.unit.block_size

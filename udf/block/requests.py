@@ -15,6 +15,7 @@ import errno
 import logging
 import types
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -87,6 +88,8 @@ class Connection:
         self._bytes = 0
         self._tasks = 1
         self._idle = ParkingLot()
+        self._soon = 0  # requests without a task, under way
+        self._none_soon = ParkingLot()
 
     async def run(self, session: Session) -> None:
         """Until the client says that it is done or the connection ends, and all that it asked for is done."""
@@ -98,6 +101,8 @@ class Connection:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await self._work()
+        while self._soon:
+            await self._none_soon.park()
 
     async def _work(self) -> None:
         """Read a request and serve it, again and again; wait while another task reads."""
@@ -125,6 +130,8 @@ class Connection:
                 request = await self._next()
                 if request is None:
                     break
+                if isinstance(request[5], int) and self._begin(*request[2:5], request[5]):
+                    continue
                 held = request[4] if request[1] in (wire.CMD_READ, wire.CMD_WRITE) else 0
                 self._requests += 1
                 self._bytes += held
@@ -237,6 +244,42 @@ class Connection:
             assert self._claims is not None
             self._claims.take(self, self._session.name)
             self._may_write = True
+
+    def _begin(self, cookie: int, offset: int, size: int, place: int) -> bool:
+        """Have a unit read without a task; whether it does, and the request will be answered when it has."""
+        if self._requests >= MAX_REQUESTS or self._bytes + size > MAX_BYTES or not size:
+            return False
+        assert self._window is not None
+        try:
+            self._check(0, wire.CMD_READ, offset, size)
+            target = self._window.piece(place, size)
+            if not self._access.read_soon(offset, target, partial(self._landed, cookie, size)):
+                return False
+        except Exception:
+            return False  # what is wrong is said when it is tried with a task
+        self._requests += 1
+        self._soon += 1
+        self._bytes += size
+        return True
+
+    def _landed(self, cookie: int, size: int, exc: Exception | None) -> None:
+        self._requests -= 1
+        self._soon -= 1
+        self._bytes -= size
+        if exc is None:
+            reply = wire.pack_chunk(wire.CHUNK_NONE, cookie)
+        else:
+            reply = wire.pack_error(cookie, *self._error(wire.CMD_READ, 0, exc))
+        if not self._stream.send_soon(reply) and not self._ended:
+            self._nursery.start_soon(self._flush)
+        if not self._soon:
+            self._none_soon.unpark_all()
+
+    async def _flush(self) -> None:
+        try:
+            await self._stream.flush()
+        except Ended:
+            pass  # who reads sees it too
 
     async def _land(self, offset: int, size: int, place: int) -> None:
         """Read to where the client wants it."""

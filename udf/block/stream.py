@@ -194,6 +194,29 @@ class Stream:
             self._queue(pieces, 0)
         await self._drain(self._accepted)
 
+    def send_soon(self, message: bytes) -> bool:
+        """Send a short message, or what of it goes; False: `flush` is needed for the rest."""
+        if self.broken is not None:
+            return True
+        count = 0
+        if not self._unsent:
+            try:
+                count = self.sock.send(message)
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                self._break(exc)
+                return True
+        self._accepted += len(message)
+        self._sent += count
+        if count < len(message):
+            self._queue((message,), count)
+        return not self._unsent
+
+    async def flush(self) -> None:
+        """Return when all that was given before has gone out. Raises Ended."""
+        await self._drain(self._accepted)
+
     def _queue(self, pieces: tuple[Buffer, ...], skip: int) -> None:
         for piece in pieces:
             if skip >= len(piece):

@@ -55,6 +55,14 @@ class BlockUnit:
         """The same into a buffer, all of it; for units that need no memory of their own then. `read` is there too."""
         raise NotImplementedError("read_into")
 
+    def read_soon(self, offset: int, target: memoryview, done: Callable[[Exception | None], None]) -> bool:
+        """Begin what `read_into` does, and have `done` called in the loop when all is there, or with what went wrong.
+
+        For units whose work is done by others, such as a thread: a task for each request costs more than the request.
+        False: not now; then `read_into` is called.
+        """
+        return False
+
     async def write(self, offset: int, data: Data) -> None:
         """Write all of `data` at `offset`."""
         raise NotImplementedError("write")

@@ -13,7 +13,7 @@ from collections import deque
 
 from udf.window import HEAD, MAX_READ, STAGE, Mapped
 
-PIECE = 1024 * 1024  # bytes of what `take` gives
+PIECE = 2 * 1024 * 1024  # bytes of what `take` gives
 
 
 class Window:

@@ -22,7 +22,7 @@ from udf.manifest.size import parse_size
 from udf.manifest.text import MAX_MANIFEST, manifest_block, parse, read_text, shown
 
 MAX_DEADLINE = 3600.0
-MIN_WINDOW, MAX_WINDOW = 1 << 20, 32 << 20  # the host takes it in pieces of 1 MiB
+MIN_WINDOW, MAX_WINDOW = 2 << 20, 32 << 20  # the host takes it in pieces of 2 MiB
 
 OptionValue = bool | int | float | str
 

@@ -10,8 +10,8 @@ import os
 
 from udf.window import HEAD, Mapped, create_window
 
-ARENA_PIECE = 1 << 20  # bytes of a driver's answer that lands in its arena at most
-_ARENA = 6 * ARENA_PIECE
+ARENA_PIECE = 2 << 20  # bytes of a driver's answer that lands in its arena at most
+_ARENA = 4 * ARENA_PIECE
 _SMALLEST = 9  # 512 bytes
 _IDLE_LIMIT = 80 << 20  # bytes that lie idle at most; all of them are let go when nothing is asked for
 
