@@ -98,11 +98,15 @@ class Connection:
         self._session = session
         self._window = session.window
         self._may_write = self._may_write or session.name in session.claimed
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            await self._work()
-        while self._soon:
-            await self._none_soon.park()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await self._work()
+            while self._soon:
+                await self._none_soon.park()
+        finally:
+            if self._window is not None:
+                self._window.close()  # what is still read into it keeps that mapped
 
     async def _work(self) -> None:
         """Read a request and serve it, again and again; wait while another task reads."""

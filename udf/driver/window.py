@@ -22,7 +22,7 @@ class Window:
     def __init__(self, fd: int) -> None:
         """Map it; the descriptor is ours from here on. Raises NoWindow, OSError."""
         self.fd = fd
-        mapped = Mapped(fd)
+        self._mapped = mapped = Mapped(fd)
         view = mapped.view
         self._dealt_with = view[:8].cast("Q")
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(view))
@@ -61,8 +61,12 @@ class Window:
         return (offset, view.nbytes) if HEAD <= offset < self._end else None
 
     def close(self) -> None:
-        """Let go of the descriptor; the memory goes with the last view of it."""
+        """Let go of the descriptor, and of the memory when nobody has a view of it any more."""
         os.close(self.fd)
+        self._free.clear()
+        self._stages.clear()
+        self._dealt_with.release()
+        self._mapped.close()
 
     def answered(self) -> None:
         """An answer was sent that points into it."""

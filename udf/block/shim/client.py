@@ -385,6 +385,8 @@ class Client:
             return
         self.closed = True
         self.inbox.drop_descriptors()
+        if self.window is not None:
+            self.window.close()
         self.service.hungry.pop(self, None)
         self._drop_replies()
         incoming, self._incoming = self._incoming, None
