@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import select
@@ -82,6 +83,8 @@ def _nothing_left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     yield
     problems = [f"process {pid} is left: {command}" for pid, command in _end_leftovers(processes)]
     until = time.monotonic() + SOON
+    if _descriptors() - descriptors:
+        gc.collect()  # the traceback of an error that was expected may hold what has one
     # A thread that was let go may still be closing what it had, and the kernel unmounting what was closed.
     while time.monotonic() < until and (_descriptors() - descriptors or _mounted(tmp_path_factory)):
         time.sleep(0.02)
