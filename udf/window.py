@@ -72,7 +72,4 @@ class Mapped:
     def close(self) -> None:
         """Unmap it, now or when the last piece of it is let go."""
         self.view.release()
-        try:
-            self._memory.close()
-        except BufferError:
-            pass
+        del self._memory  # each piece keeps it alive

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -58,7 +57,6 @@ def window() -> Iterator[Window]:
     window = Window(create_window("test", 2 * PIECE))
     yield window
     window.close()
-    gc.collect()  # tracebacks of errors have views of it
 
 
 async def test_what_is_begun_is_answered_when_it_is_done_in_any_order(window: Window) -> None:
