@@ -24,7 +24,7 @@ def end(mount: Mount, how: str) -> None:
     """Have it unmounted, and do not wait for that."""
     mount.end_programs()
     if how == "by the supervisor":
-        mount.ask_unmount()
+        mount.shim.send({"t": "unmount", "lazy": False})
     elif how == "lazily":
         mount.shim.send({"t": "unmount", "lazy": True})
     else:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -88,13 +89,12 @@ class Lab:
         with Connection(self.daemon.socket) as connection, Connection(self.daemon.socket) as asking:
             stream = connection.stream("Events")
             next(stream)
-            connection._sock.settimeout(1.0)
             while True:
                 row = next((row for row in asking.call("Devices")["devices"] if row["name"] == name), None)
                 if row is not None and row["state"] == state:
                     return dict(row)
                 assert time.monotonic() < until, (row, self.daemon.text())
-                with contextlib.suppress(Exception):
+                if select.select([connection._sock], [], [], 1.0)[0]:
                     next(stream)
 
     @property

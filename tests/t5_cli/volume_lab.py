@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import time
 import uuid
@@ -110,10 +111,9 @@ class Lab:
         with Connection(self.daemon.socket) as connection:
             stream = connection.stream("Events")
             next(stream)
-            connection._sock.settimeout(0.25)
             while not (found := condition()):
                 assert time.monotonic() < until, self.daemon.text()
-                with contextlib.suppress(Exception):
+                if select.select([connection._sock], [], [], 0.25)[0]:  # not everything that changes is an event
                     next(stream)
             return found
 
