@@ -14,12 +14,49 @@ import fcntl
 import mmap
 import os
 import random
+import socket
 import stat
 
 PAGE = 4096
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _ZEROS = bytes(1 << 20)
-_LARGE = 64 * 1024  # bytes that are sent from where the kernel has them
+_MAP_NORESERVE = 0x4000  # asm-generic/mman-common.h; Python has the name from 3.13 on
+LARGE = 64 * 1024  # bytes that are sent from where the kernel has them
+
+
+class Mapping(mmap.mmap):
+    """An image in our address space, which can tell where in the file a view of it lies. Nobody writes into it."""
+
+    fd: int
+    _base: int
+
+    def __new__(cls, fd: int, size: int) -> Mapping:
+        """Raises OSError, ValueError. The descriptor is looked at through a duplicate of its own."""
+        # Private and writable, although nothing is written: ctypes tells no address of what is read-only.
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+        self = super().__new__(cls, fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self))
+        self.fd = os.dup(fd)
+        return self
+
+    def __del__(self) -> None:
+        fd, self.fd = getattr(self, "fd", -1), -1
+        if fd >= 0:
+            os.close(fd)
+
+    def offset(self, view: memoryview) -> int:
+        """Where in the file this view of us begins."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(view)) - self._base
+
+
+def send(sock: socket.socket, part: bytes | memoryview) -> int:
+    """Send what goes without waiting, as `socket.send` does; what is in a file goes from there without a copy."""
+    if isinstance(part, memoryview) and isinstance(part.obj, Mapping) and len(part) >= LARGE:
+        sent = os.sendfile(sock.fileno(), part.obj.fd, part.obj.offset(part), len(part))
+        if not sent:
+            raise OSError(errno.EFAULT, "the image was cut")
+        return sent
+    return sock.send(part)
 
 
 class Medium:
@@ -43,7 +80,7 @@ class Medium:
         self.cache = cache
         self._keep = keep
         self._choice = random.Random(seed)  # noqa: S311 - reproducible on purpose
-        self._map: memoryview | None = None
+        self._map: memoryview | None = None  # of a Mapping
         self._cannot_map = False
         self._dirty: dict[int, bytearray] = {}  # page -> its content, oldest first
         self._fd = _open(path, read_only) if path is not None else os.memfd_create("udf-medium")
@@ -70,7 +107,7 @@ class Medium:
 
     def read(self, offset: int, size: int) -> bytes | memoryview:
         """Exactly so many bytes; OSError if the file is shorter by now. Valid until the next write."""
-        if size >= _LARGE and not self._dirty and os.fstat(self._fd).st_size >= offset + size:
+        if size >= LARGE and not self._dirty and os.fstat(self._fd).st_size >= offset + size:
             mapped = self._mapped()
             if mapped is not None:
                 return mapped[offset : offset + size]
@@ -94,7 +131,7 @@ class Medium:
         """The file in our address space. The kernel alone looks into it, when it sends: if it is cut, that fails."""
         if self._map is None and not self._cannot_map:
             try:
-                self._map = memoryview(mmap.mmap(self._fd, self.size, prot=mmap.PROT_READ))
+                self._map = memoryview(Mapping(self._fd, self.size))
             except (OSError, ValueError):
                 self._cannot_map = True
         return self._map

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from udf.testing.devices.engine import Engine
 from udf.testing.devices.loop import ENDED, READ, WRITE, Loop
+from udf.testing.devices.medium import LARGE, send
 from udf.testing.devices.transfers import ECONNRESET, SETUP, Setup, Transfer
 from udf.usb.usbip import (
     CMD_SUBMIT,
@@ -250,7 +251,7 @@ class Session:
         sent = 0
         if not self._unsent:
             try:
-                sent = self._sock.sendmsg(parts)
+                sent = self._sock.sendmsg(parts) if sum(map(len, parts)) < LARGE else self._send_each(parts)
             except BlockingIOError:
                 pass
             except OSError:
@@ -266,10 +267,22 @@ class Session:
             self._backlog += len(left)
         self._watch()
 
+    def _send_each(self, parts: Sequence[bytes | memoryview]) -> int:
+        total = 0
+        for part in parts:
+            try:
+                sent = send(self._sock, part)
+            except BlockingIOError:
+                break
+            total += sent
+            if sent < len(part):
+                break
+        return total
+
     def _flush(self) -> None:
         while self._unsent:
             try:
-                sent = self._sock.send(self._unsent[0])
+                sent = send(self._sock, self._unsent[0])
             except BlockingIOError:
                 break
             except OSError:
