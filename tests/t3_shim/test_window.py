@@ -198,13 +198,14 @@ def test_what_could_be_cut_off_under_the_shim_is_not_mapped(kind, tmp_path):
         with mounted(grow, window=True) as mount:
             mount.lose_driver()
             mount.close_window()
+            mount.generation += 1
             real = mount.shim.send
             mount.shim.send = lambda message, *fds: real(message, *fds, fd)  # type: ignore[method-assign]
-            mount.next_driver()
+            mount.send_attach(lambda driver: None)
             mount.shim.send = real  # type: ignore[method-assign]
-            mount.driver.answers[Opcode.READ] = lambda request: points(request, (HEAD, 100))
-            assert mount.fails("slurp", "file") == errno.EIO
-            mount.driver.answers.clear()
+            refused = mount.shim.wait_for("refused", generation=mount.generation)
+            assert "window cannot be mapped" in refused["error"]
+            mount.next_driver()
             assert read_all(mount) == DATA
     finally:
         os.close(fd)

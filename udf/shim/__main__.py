@@ -36,8 +36,7 @@ from udf.shim.loop import REQUEST_BUFFER, Loop
 from udf.shim.notifier import Notifier
 from udf.shim.service import Service
 from udf.shim.spin import Spin
-from udf.shim.window import take_window
-from udf.window import MAX_READ, NoWindow
+from udf.window import MAX_READ
 
 
 class StartFailed(Exception):
@@ -142,10 +141,10 @@ def start(control: Control) -> Loop:
     if message.get("t") != "mount" or not 1 <= len(fds) <= 2:
         raise StartFailed("the first message was not a mount with a link", errno.EPROTO)
     config = Config.from_message(message)
-    try:
-        link = Link(fds[0], take_window(fds[1:]))
-    except (NoWindow, OSError) as error:
-        raise StartFailed(f"the driver's window cannot be mapped: {error}", errno.EPROTO) from None
+    link = Link(fds.pop(0))
+    problem = link.take_window(fds)
+    if problem:
+        raise StartFailed(problem, errno.EPROTO)
     max_read = MAX_WRITE if link.window is None else MAX_READ
     terms = agree_with_driver(link, config)
     device = make_mount(config)

@@ -16,6 +16,7 @@ from time import monotonic
 from udf.fuse.opcodes import Opcode
 from udf.fuse.structs import BATCH_FORGET_IN, FORGET_IN, FORGET_ONE, IN_HEADER, OUT_HEADER
 from udf.shim.window import Window
+from udf.window import NoWindow
 
 BUFFER_SIZE = 192 * 1024  # more than the largest reply; a message that fills it was cut and is refused
 _FORGETS_AT_ONCE = 4096
@@ -33,10 +34,10 @@ class LinkClosed(Exception):
 class Link:
     """Our end of one driver generation's link."""
 
-    def __init__(self, fd: int, window: Window | None = None) -> None:
+    def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
-        self.window = window
+        self.window: Window | None = None
         self.buffer = bytearray(BUFFER_SIZE)
         self.view = memoryview(self.buffer)
         self._buffers = [self.buffer]
@@ -47,6 +48,22 @@ class Link:
         self.partial_since = 0.0  # when the reply that is incomplete began
         self.mixed = False  # packets of two replies have come in turn
         self._given_up = False
+
+    def take_window(self, fds: list[int]) -> str:
+        """Map the window that came with the link, if one did. Returns why that cannot be done; "" if nothing is wrong.
+
+        Without it the driver's answers would mean nothing.
+        """
+        if not fds:
+            return ""
+        fd = fds.pop(0)
+        try:
+            self.window = Window(fd)
+        except (NoWindow, OSError) as error:
+            return f"the driver's window cannot be mapped: {error}"
+        finally:
+            os.close(fd)
+        return ""
 
     def send(self, message: memoryview | bytes | bytearray) -> None:
         """Send one message, or queue it. A closed link swallows it: the end of file tells, once."""

@@ -3,6 +3,8 @@
 Owns: the epoll set, the spinning, the clock. One request costs two wake-ups of a sleeping CPU if the loop sleeps
 between them, which is more than all the work in it; so it may look again for a bounded moment before it sleeps, as
 long as that has lately been worth it.
+
+A little over 400 lines: one turn, and who may begin or end something in it, are to be read in one place.
 """
 
 from __future__ import annotations
@@ -33,8 +35,6 @@ from udf.shim.service import Service
 from udf.shim.spin import Spin
 from udf.shim.stale import first_looks
 from udf.shim.trace import Tracer
-from udf.shim.window import take_window
-from udf.window import NoWindow
 
 REQUEST_BUFFER = 128 * 1024 + 8192  # the kernel wants at least max_write + 80 and 8192
 _HEARTBEAT = 1.0
@@ -318,17 +318,14 @@ class Loop:
     def _attach(self, fds: list[int], message: dict[str, Any]) -> None:
         if self.s.connected or self.s.recovery.greeting:
             self._lose_link("another generation is attached")
-        recovery = self.s.recovery
-        fd = fds.pop(0)
-        try:
-            link = Link(fd, take_window(fds))
-        except (NoWindow, OSError) as error:
-            link = Link(fd)
-            print(f"udf-shim: no window: {error}", file=sys.stderr)
-        recovery.attach(link, int(message["generation"]), bool(message.get("counted", True)))
-        self.s.link.wants_writable = self.wants_writable
-        self._epoll.register(self.s.link.fd, _IN)
+        link = Link(fds.pop(0))
+        problem = link.take_window(fds)
+        self.s.recovery.attach(link, int(message["generation"]), bool(message.get("counted", True)))
+        link.wants_writable = self.wants_writable
+        self._epoll.register(link.fd, _IN)
         self._linked = True
+        if problem:
+            self.s.recovery.refuse(problem)
 
     def counters(self) -> dict[str, Any]:
         """Return the counters and the sizes of the tables."""

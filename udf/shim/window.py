@@ -7,19 +7,7 @@ Called by: link.py (has it), replies.py.
 
 from __future__ import annotations
 
-import os
-
 from udf.window import MAX_SPANS, SPAN, Mapped, NoWindow
-
-
-def take_window(fds: list[int]) -> Window | None:
-    """The window that came with a link, whose descriptor is closed; None if there is none. Raises NoWindow, OSError."""
-    if not fds:
-        return None
-    try:
-        return Window(fds[0])
-    finally:
-        os.close(fds.pop())
 
 
 class Window(Mapped):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Generator, Sequence
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from udf.block import wire
 from udf.block.shim.buffers import Arena
 from udf.block.shim.request import Piece
 from udf.block.shim.streams import EAGER, Ended, Inbox, Outbox
+from udf.block.shim.terms import BrokenDriver, Terms, terms_of
 from udf.window import NoWindow
 
 if TYPE_CHECKING:
@@ -34,27 +35,6 @@ _READ, _STATUS = wire.CMD_READ, wire.CMD_BLOCK_STATUS
 _SIMPLE, _CHUNKED = wire.SIMPLE_REPLY_MAGIC, wire.CHUNK_MAGIC
 
 Steps = Generator[int, bytes, None]
-
-
-class BrokenDriver(Exception):
-    """The driver said what the protocol does not allow; with the operation that it was about."""
-
-    def __init__(self, op: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.op = op
-
-
-class Terms(NamedTuple):
-    """What the driver has said of a unit."""
-
-    size: int
-    flags: int
-    minimum: int
-    preferred: int
-    maximum: int
-    block: int  # what its partition table counts in
-    structured: bool
-    context: int | None  # of base:allocation
 
 
 class DriverConnection:
@@ -145,7 +125,9 @@ class DriverConnection:
         if replies[-1][0] != wire.REP_ACK:
             text = replies[-1][1][:200].decode(errors="replace")
             raise BrokenDriver("open", f"it does not open its unit {name[:40]!r}: {text}")
-        self.terms = _terms([payload for kind, payload in replies if kind == wire.REP_INFO], structured, context)
+        self.terms = terms_of(
+            [payload for kind, payload in replies if kind == wire.REP_INFO], structured=structured, context=context
+        )
         self._structured = structured
         self._steps = None
         opened(self)
@@ -374,31 +356,3 @@ class DriverConnection:
             self.out.flush()
         except Ended:
             pass
-
-
-def _terms(infos: list[bytes], structured: bool, context: int | None) -> Terms:
-    """Check what the driver says of a unit. Raises BrokenDriver."""
-    size = flags = None
-    sizes = wire.BlockSizes(preferred=512)
-    for info in infos:
-        kind = int.from_bytes(info[:2], "big")
-        if kind == wire.INFO_EXPORT and len(info) == wire.EXPORT_INFO.size:
-            _, size, flags = wire.EXPORT_INFO.unpack(info)
-        elif kind == wire.INFO_BLOCK_SIZE and len(info) == wire.BLOCK_SIZE_INFO.size:
-            sizes = wire.BlockSizes(*wire.BLOCK_SIZE_INFO.unpack(info)[1:])
-    if size is None or flags is None or not flags & wire.HAS_FLAGS:
-        raise BrokenDriver("open", "it does not say how large its unit is")
-    minimum, preferred, maximum = sizes
-    if size > wire.MAX_SIZE or not _is_power(minimum) or minimum > 65536 or not minimum <= maximum:
-        raise BrokenDriver("open", f"its unit has {size} bytes in blocks of {minimum} to {maximum}")
-    if not _is_power(preferred) or not minimum <= preferred <= wire.MAX_PAYLOAD:
-        preferred = max(4096, minimum)
-    maximum = min(maximum, wire.MAX_PAYLOAD)
-    maximum -= maximum % minimum
-    # Our server takes any byte, and prefers the device's own blocks.
-    block = min(max(512, minimum if minimum > 1 else preferred), 65536)
-    return Terms(size - size % minimum, flags, minimum, preferred, maximum, block, structured, context)
-
-
-def _is_power(number: int) -> bool:
-    return number > 0 and not number & (number - 1)

@@ -11,8 +11,9 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from udf.block.shim.driver import BrokenDriver, DriverConnection
+from udf.block.shim.driver import DriverConnection
 from udf.block.shim.streams import Ended
+from udf.block.shim.terms import BrokenDriver
 
 _BUFFER = 2 << 20
 _SO_SNDBUFFORCE = 32

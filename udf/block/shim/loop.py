@@ -22,12 +22,13 @@ from typing import Any
 from udf.block import wire
 from udf.block.shim.client import Client
 from udf.block.shim.config import Config
-from udf.block.shim.driver import BrokenDriver, DriverConnection
+from udf.block.shim.driver import DriverConnection
 from udf.block.shim.generation import Generation, Look, enlarge
 from udf.block.shim.phase import Phase
 from udf.block.shim.service import Service
 from udf.block.shim.stop import Stop
 from udf.block.shim.streams import Ended
+from udf.block.shim.terms import BrokenDriver
 from udf.shim.control import Control, SupervisorGone
 
 MOST_CLIENTS = 256

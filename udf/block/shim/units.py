@@ -20,10 +20,11 @@ from udf.block import wire
 from udf.block.partitions import Table
 from udf.block.shim.away import Away
 from udf.block.shim.buffers import ARENA_PIECE
-from udf.block.shim.driver import DriverConnection, Terms
+from udf.block.shim.driver import DriverConnection
 from udf.block.shim.kept import Kept
 from udf.block.shim.request import WITH_DATA, WRITING, Piece, Request
 from udf.block.shim.streams import Ended
+from udf.block.shim.terms import Terms
 from udf.block.shim.watched import Seen, Watched
 
 if TYPE_CHECKING:
