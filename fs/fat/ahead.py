@@ -189,7 +189,10 @@ class Ahead:
             pass
 
     def _go_on(self, offset: int) -> None:
-        """The program has come this far: let go what is behind it, and keep enough before it."""
+        """The program has come this far: let go what is behind it, and keep enough before it.
+
+        What is being answered is not behind it: the slack is larger than any request.
+        """
         pieces = self._pieces
         while pieces and pieces[0].end + _SLACK <= offset:
             self._forget(pieces.pop(0))

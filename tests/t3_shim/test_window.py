@@ -56,8 +56,8 @@ def serve(mount: Mount, pieces: int = 1) -> None:
             assert span is not None
             spans.append(span)
             at += len(part)
-        window.give_back(buffer)
         window.answered()
+        window.give_back(buffer)
         return points(request, *reversed(spans))
 
     mount.driver.answers[Opcode.READ] = read

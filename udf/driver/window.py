@@ -38,7 +38,10 @@ class Window:
         return self._take(self._free)
 
     def give_back(self, piece: memoryview) -> None:
-        """What `take` gave is of no use any more; answers may still be on their way that point into it."""
+        """What `take` gave is of no use any more. Answers that point into it were given, or there are none.
+
+        They may still be on their way.
+        """
         self._free.append((self._answers, piece))
 
     def stage(self) -> memoryview | None:
