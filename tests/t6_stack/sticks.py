@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import make_runtime_dir
 from tests.t3_fat import oracle
-from tests.t5_cli.conftest import Daemon
+from tests.t5_cli.conftest import Daemon, running_daemon
 from udf.supervisor.client import Connection, ControlError
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -284,6 +285,15 @@ class Desk:
         for device in self.call("Devices")["devices"]:
             self.call("Unplug", name=device["name"])
 
+    @contextlib.contextmanager
+    def left_as_found(self) -> Iterator[None]:
+        """For one test, of which nothing may be left."""
+        yield
+        try:
+            self.nothing_is_left()
+        finally:
+            self.clear()  # one test that fails is enough
+
     def nothing_is_left(self) -> None:
         """No mount, no device, no name and no socket of a device, soon."""
         self.until(lambda: not self.rows(), "nothing serves any more")
@@ -291,3 +301,16 @@ class Desk:
         left = [str(path) for path in (self.home / "dev").glob("*[0-9]")]
         left += [str(path) for path in (self.home / "block").glob("*")]
         assert left == []
+
+
+@contextlib.contextmanager
+def running_desk(*arguments: str) -> Iterator[Desk]:
+    """A daemon of its own, with these arguments, whose emulator is there before any test needs it."""
+    with make_runtime_dir() as directory, running_daemon(directory, *arguments) as running:
+        running.udf.done("plug", "thermometer", "--name", "first")
+        running.udf.done("unplug", "first")
+        desk = Desk(running)
+        try:
+            yield desk
+        finally:
+            desk.close()

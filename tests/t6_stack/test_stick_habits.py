@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_runtime_dir
-from tests.t5_cli.conftest import running_daemon
-from tests.t6_stack.sticks import KIB, Desk, Stick
+from tests.t6_stack.sticks import KIB, Desk, Stick, running_desk
 from udf.supervisor.client import Connection, ControlError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount with all options")
@@ -25,24 +23,14 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Desk]:
-    with make_runtime_dir() as directory, running_daemon(directory, "--automount") as running:
-        running.udf.done("plug", "thermometer", "--name", "first")  # the emulator is there before any of the tests
-        running.udf.done("unplug", "first")
-        desk = Desk(running)
-        try:
-            yield desk
-        finally:
-            desk.close()
+    with running_desk("--automount") as desk:
+        yield desk
 
 
 @pytest.fixture
 def desk(shared: Desk) -> Iterator[Desk]:
-    """Of which nothing may be left after the test."""
-    yield shared
-    try:
-        shared.nothing_is_left()
-    finally:
-        shared.clear()  # one test that fails is enough
+    with shared.left_as_found():
+        yield shared
 
 
 @pytest.fixture
