@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-BESIDE = ("t1_block", "t1_devices", "t1_manifest", "t1_usb", "t2_drivers", "t3_fat", "t3_fs", "t7_hotplug")
+BESIDE = (
+    *("t1_block", "t1_devices", "t1_manifest", "t1_usb", "t2_drivers", "t3_fat", "t3_fs", "t7_hotplug"),
+    *("t3_block", "t5_foreign"),
+)
 PYTEST = [sys.executable, "-m", "pytest"]
 
 
