@@ -327,7 +327,10 @@ def _compare(one: Path, other: Path) -> None:
 
 
 def copies(top: Path, clock: Clock, rng: random.Random) -> None:
-    """A tree of files and directories that `cp -r` copies, and copies from the copy; each is compared, then removed."""
+    """A tree of files and directories that `cp -r` copies, and copies from the copy; each is compared, then removed.
+
+    One stays.
+    """
     source = Path(tempfile.mkdtemp())
     try:
         for number in range(24):
@@ -341,14 +344,59 @@ def copies(top: Path, clock: Clock, rng: random.Random) -> None:
             run("cp", "-r", one, other, cwd=top)
             _compare(source, other)
             run("rm", "-rf", one, cwd=top)
-            if clock.goes_on():
-                run("rm", "-rf", other, cwd=top)
+            run("rm", "-rf", other, cwd=top)
+        run("cp", "-r", source, top / "last", cwd=top)
+        _compare(source, top / "last")
     finally:
         shutil.rmtree(source)
 
 
+def reads(top: Path, clock: Clock, rng: random.Random) -> None:
+    """Two files larger than what is read ahead of them, from end to end, here and there, past the page cache, and while
+    parts are written again as they were."""
+    files: dict[Path, bytes] = {}
+    for number in range(2):
+        files[top / f"reads{number}"] = rng.randbytes(rng.randrange(5 << 20, 7 << 20))
+    for path, data in files.items():
+        path.write_bytes(data)
+    while clock.goes_on():
+        path, data = rng.choice([*files.items()])
+        kind = rng.randrange(4)
+        size = rng.choice((4096, 65536, 1 << 17, 1 << 19, 3 << 20))
+        fd = os.open(path, os.O_RDWR | (os.O_DIRECT if kind == 1 else 0))
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if kind == 0:
+                _same(_whole(fd, size), data, 0)
+            for _ in range(8 if kind else 0):
+                at = rng.randrange(len(data))
+                if kind == 1:
+                    at -= at % 4096
+                    with mmap.mmap(-1, size) as memory:
+                        _same(memory[: os.preadv(fd, [memory], at)], data[at : at + size], at)
+                elif kind == 2:
+                    _same(os.pread(fd, size, at), data[at : at + size], at)
+                else:
+                    os.pwrite(fd, data[at : at + 70_000], at)
+                    _same(os.pread(fd, size, at), data[at : at + size], at)
+        finally:
+            os.close(fd)
+
+
+def _whole(fd: int, size: int) -> bytes:
+    parts: list[bytes] = []
+    while part := os.read(fd, size):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _same(seen: bytes, wanted: bytes, at: int) -> None:
+    if seen != wanted:
+        raise Different(f"{len(seen)} bytes at {at} instead of {len(wanted)}, or other ones")
+
+
 WORKLOADS = {each.__name__: each for each in (contents, names, sqlite, git, tar)}
-FAT_WORKLOADS = {each.__name__: each for each in (contents, copies)}  # without links and symbolic links
+FAT_WORKLOADS = {each.__name__: each for each in (contents, copies, reads)}  # without links and symbolic links
 
 
 def main() -> int:
