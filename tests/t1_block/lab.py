@@ -75,15 +75,22 @@ class Sparse(Memory):
 
 
 @contextlib.asynccontextmanager
-async def serving(units: Mapping[str, BlockUnit] | BlockDriver, claims: Claims | None = None) -> AsyncIterator[Path]:
-    """Our server on a socket of its own; its path. It has ended when this ends."""
+async def serving(
+    units: Mapping[str, BlockUnit] | BlockDriver, claims: Claims | None = None, directory: Path | None = None
+) -> AsyncIterator[Path]:
+    """Our server on a socket of its own; its path. It has ended when this ends.
+
+    Who may be killed meanwhile gives the directory, in which a socket may have been left.
+    """
     from tests.conftest import make_runtime_dir
 
     async def known() -> Mapping[str, BlockUnit]:
         return units  # type: ignore[return-value]
 
-    with make_runtime_dir() as directory, socket.socket(socket.AF_UNIX) as listener:
-        path = directory / "nbd.sock"
+    place = make_runtime_dir() if directory is None else contextlib.nullcontext(directory)
+    with place as where, socket.socket(socket.AF_UNIX) as listener:
+        path = where / "nbd.sock"
+        path.unlink(missing_ok=True)
         listener.bind(str(path))
         listener.listen(16)
         server = Server(units.units if isinstance(units, BlockDriver) else known, claims=claims, report=_fail)

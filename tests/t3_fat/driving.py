@@ -296,11 +296,16 @@ class Driven:
 
 
 @contextlib.asynccontextmanager
-async def driven(medium: Medium, *, store: Store | None = None, **options: Any) -> AsyncIterator[Driven]:
-    """A driver on a medium, started and, at the end, stopped in order (unless the block was left by an error)."""
+async def driven(
+    medium: Medium, *, store: Store | None = None, directory: Path | None = None, **options: Any
+) -> AsyncIterator[Driven]:
+    """A driver on a medium, started and, at the end, stopped in order (unless the block was left by an error).
+
+    `directory`: for the socket between them, if this process may be killed.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyfuse3, "readdir_reply", _reply)
-        async with serving({"disk": medium}) as socket:
+        async with serving({"disk": medium}, directory=directory) as socket:
             own = Store.temporary() if store is None else None
             operations = driver()(uri(socket, "disk"), store=store or own, **{"utc": True, **options})
             try:

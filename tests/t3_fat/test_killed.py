@@ -86,7 +86,9 @@ async def perform_again(driver: Driven, operation: Operation, before: Picture, a
 
 @pytest.mark.timeout(max(300, OPERATIONS * 3))
 @pytest.mark.parametrize("geometry", KINDS, ids=str)
-def test_a_driver_killed_at_any_line_leaves_nothing_to_repair(tmp_path: Path, geometry: Geometry) -> None:
+def test_a_driver_killed_at_any_line_leaves_nothing_to_repair(
+    tmp_path: Path, runtime_dir: Path, geometry: Geometry
+) -> None:
     oracle.need()
     path = geometry.make(tmp_path / "image")
     dice = random.Random(f"{SEED} {geometry}")
@@ -97,7 +99,8 @@ def test_a_driver_killed_at_any_line_leaves_nothing_to_repair(tmp_path: Path, ge
     def on_the_store(work: Callable[[Driven], Any]) -> Callable[[], Any]:
         async def main() -> Any:
             medium = Medium(path)
-            async with driven(medium, store=Store([os.dup(fd) for fd in memories])) as driver:
+            store = Store([os.dup(fd) for fd in memories])
+            async with driven(medium, store=store, directory=runtime_dir) as driver:
                 return await work(driver)
 
         return lambda: trio.run(main)
