@@ -127,9 +127,7 @@ async def test_a_client_that_leaves_is_not_waited_for_by_those_who_stay(window: 
     piece = window.take()
     assert piece is not None
     async with connected(unit, window=window) as client:
-        with trio.move_on_after(0.05):
-            await client.read_into(0, piece[:SIZE])
-        assert len(unit.begun) == 1
+        await _gives_up(client, unit, piece[:SIZE])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.read_into, 4 * SIZE, piece[SIZE : 2 * SIZE])
             await unit.wait(2)
@@ -144,10 +142,18 @@ async def test_a_connection_that_ends_waits_for_what_was_begun(window: Window) -
     piece = window.take()
     assert piece is not None
     async with connected(unit, window=window) as client:
-        with trio.move_on_after(0.05):
-            await client.read_into(0, piece[:SIZE])
+        await _gives_up(client, unit, piece[:SIZE])
         trio.lowlevel.current_trio_token().run_sync_soon(unit.finish)
     assert not unit.begun
+
+
+async def _gives_up(client: BlockClient, unit: Soon, target: memoryview) -> None:
+    """Ask, and wait no more as soon as the unit has begun."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.read_into, 0, target)
+        await unit.wait(1)
+        nursery.cancel_scope.cancel()
+    assert len(unit.begun) == 1
 
 
 async def _fails(client: BlockClient, target: memoryview, wanted: type[Exception]) -> None:

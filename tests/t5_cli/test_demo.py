@@ -68,6 +68,18 @@ def test_demo_shows_everything_and_leaves_nothing(runtime_dir: Path, script: str
     assert list(runtime_dir.iterdir()) == []
 
 
+def running(script: str, runtime_dir: Path) -> subprocess.Popen[str]:
+    """A demo whose words can be followed."""
+    return subprocess.Popen(
+        command(script),
+        env=environment(runtime_dir),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("script", "moment", "number"),
     [
@@ -77,14 +89,7 @@ def test_demo_shows_everything_and_leaves_nothing(runtime_dir: Path, script: str
     ],
 )
 def test_interrupted_demo_leaves_nothing(runtime_dir: Path, script: str, moment: str, number: signal.Signals) -> None:
-    with subprocess.Popen(
-        command(script),
-        env=environment(runtime_dir),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with running(script, runtime_dir) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
@@ -104,14 +109,7 @@ def test_demo_goes_on_when_somebody_drops_the_kernels_caches(runtime_dir: Path) 
     """A test of another program did, and the letter that should have been cached ended the demo with a traceback."""
     if os.geteuid() != 0:
         pytest.skip("dropping caches needs root")
-    with subprocess.Popen(
-        command(STICK),
-        env=environment(runtime_dir),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with running(STICK, runtime_dir) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         shown = ""

@@ -134,7 +134,7 @@ class Connection:
                 request = await self._next()
                 if request is None:
                     break
-                if isinstance(request[5], int) and self._begin(*request[2:5], request[5]):
+                if isinstance(request[5], int) and self._begin(request[0], *request[2:5], request[5]):
                     continue
                 held = request[4] if request[1] in (wire.CMD_READ, wire.CMD_WRITE) else 0
                 self._requests += 1
@@ -195,14 +195,13 @@ class Connection:
             result: Any = b""
             if isinstance(data, int):
                 flags &= ~wire.FLAG_WINDOW
-                self._check(flags, command, offset, size)
+            self._check(flags, command, offset, size)
+            if isinstance(data, int):
                 if size:
                     await self._land(offset, size, data)
                     size = 0
-            else:
-                self._check(flags, command, offset, size)
-                if size or command == wire.CMD_FLUSH:
-                    result = await self._perform(flags, command, offset, size, data)
+            elif size or command == wire.CMD_FLUSH:
+                result = await self._perform(flags, command, offset, size, data)
         except BaseException as exc:
             error, text = self._error(command, flags, exc)
             if structured:
@@ -249,13 +248,13 @@ class Connection:
             self._claims.take(self, self._session.name)
             self._may_write = True
 
-    def _begin(self, cookie: int, offset: int, size: int, place: int) -> bool:
+    def _begin(self, flags: int, cookie: int, offset: int, size: int, place: int) -> bool:
         """Have a unit read without a task; whether it does, and the request will be answered when it has."""
         if self._requests >= MAX_REQUESTS or self._bytes + size > MAX_BYTES or not size:
             return False
         assert self._window is not None
         try:
-            self._check(0, wire.CMD_READ, offset, size)
+            self._check(flags & ~wire.FLAG_WINDOW, wire.CMD_READ, offset, size)
             target = self._window.piece(place, size)
             if not self._access.read_soon(offset, target, partial(self._landed, cookie, size)):
                 return False
